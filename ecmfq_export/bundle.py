@@ -1,0 +1,208 @@
+"""A stage's directory: files, and a ``manifest.json`` that says what made them and what they hash to.
+
+A stage writes into a directory beside its final one and renames it when everything is on disk, so a directory with a
+manifest is complete by construction and a killed stage leaves nothing that could be taken for a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ecmfq_export import __version__
+from ecmfq_export.errors import BundleError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself.
+
+    Attributes:
+        stage: the stage's name, e.g. ``"quantize"``.
+        config: the settings that shaped the result.
+        inputs: name to fingerprint of everything that was read.
+        files: path inside the directory (POSIX form) to sha256.
+        info: figures and facts that later stages and people read.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, str]
+    info: dict[str, Any]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes, read in chunks of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """One hash for an input: a finished stage by its manifest, a file by its bytes, a directory by its files' names and bytes."""
+    if path.is_file():
+        return sha256_file(path)
+    if (path / MANIFEST).is_file():
+        return sha256_file(path / MANIFEST)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def partial_dir(out_dir: Path) -> Path:
+    """Where a stage works until it is complete; what is in there is never a result."""
+    return out_dir.with_name(f".{out_dir.name}.partial")
+
+
+def is_current(out_dir: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Whether `out_dir` already holds this stage's result for these settings and inputs, with every file in place."""
+    try:
+        manifest = read_manifest(out_dir, stage)
+    except BundleError:
+        return False
+    same = manifest.config == _plain(config) and manifest.inputs == dict(inputs)
+    return same and all((out_dir / name).is_file() for name in manifest.files)
+
+
+@contextlib.contextmanager
+def write_stage(
+    out_dir: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], *, resume: bool = False
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a working directory and an ``info`` dict; on success hash the files, write the manifest and rename into place.
+
+    With `resume`, a working directory that an interrupted run left for the SAME settings and inputs is handed back with its
+    files; otherwise it is emptied first.
+
+    Raises:
+        BundleError: the disk is full or the directory cannot be written; nothing is left in `out_dir`.
+    """
+    work = partial_dir(out_dir)
+    key = {"stage": stage, "config": _plain(config), "inputs": dict(inputs), "version": __version__}
+    key_file = work / ".key.json"
+    info: dict[str, Any] = {}
+    try:
+        if work.exists() and not (resume and _read_json(key_file) == key):
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(key_file, key)
+        yield work, info
+        key_file.unlink()
+        files = {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        _sync_tree(work)
+        manifest = {"schema_version": SCHEMA_VERSION, "ecmfq_export": __version__, "stage": stage, "config": _plain(config),
+                    "inputs": dict(inputs), "files": files, "info": info}
+        write_json(work / MANIFEST, manifest)
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
+        work.rename(out_dir)
+        _sync_path(out_dir.parent)
+    except OSError as error:
+        raise BundleError(
+            f"stage '{stage}' could not write {work}: {error.strerror or error}",
+            "free disk space or choose another --output; finished layers are kept and the run continues from them",
+        ) from error
+
+
+def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
+    """Read and check ``manifest.json`` (schema, path safety), not yet the hashes; see :func:`verify`.
+
+    Raises:
+        BundleError: missing, damaged, of another stage or schema, or naming a file outside the directory.
+    """
+    data = _read_json(directory / MANIFEST)
+    if data is None:
+        raise BundleError(f"{directory} has no readable {MANIFEST}", "it is no finished stage; run the stage again")
+    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
+        seen = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+        raise BundleError(f"{directory / MANIFEST}: schema_version {seen!r}", f"this version reads {SCHEMA_VERSION}")
+    parts = {"stage": str, "config": dict, "inputs": dict, "files": dict, "info": dict}
+    for key, kind in parts.items():
+        if not isinstance(data.get(key), kind):
+            raise BundleError(f"{directory / MANIFEST}: '{key}' is missing or no {kind.__name__}")
+    if stage is not None and data["stage"] != stage:
+        raise BundleError(f"{directory} is a '{data['stage']}' directory", f"expected a '{stage}' directory")
+    for name, digest in data["files"].items():
+        inside(directory, name)
+        if not isinstance(digest, str):
+            raise BundleError(f"{directory / MANIFEST}: the hash of '{name}' is no string")
+    return Manifest(**{key: data[key] for key in parts})
+
+
+def verify(directory: Path, manifest: Manifest, names: list[str] | None = None) -> None:
+    """Check the sha256 of `names` (default: all files of the manifest).
+
+    Raises:
+        BundleError: a file is missing, changed, or not in the manifest.
+    """
+    for name in manifest.files if names is None else names:
+        if name not in manifest.files:
+            raise BundleError(f"'{name}' is not in the manifest of {directory}")
+        path = inside(directory, name)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing", "copy the whole bundle, or make it again")
+        digest = sha256_file(path)
+        if digest != manifest.files[name]:
+            raise BundleError(f"{path}: sha256 {digest[:12]}..., the manifest says {manifest.files[name][:12]}...",
+                              "the file was changed or damaged; copy or make the bundle again")
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of `name` in `directory`, refused where it would leave it (absolute, ``..``, or through a link)."""
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise BundleError(f"path '{name}' leaves {directory}", "paths in a bundle are relative and stay inside it")
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise BundleError(f"path '{name}' leaves {directory} through a link", "a bundle holds real files only")
+    return path
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON beside `path` and rename it into place, synced."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(data, stream, indent=2, sort_keys=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(config)))
+
+
+def _sync_tree(root: Path) -> None:
+    for path in root.rglob("*"):
+        _sync_path(path)
+    _sync_path(root)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,141 @@
+"""Everything a run can be told, as frozen dataclasses that are hashed into manifests.
+
+Values come from a TOML file (``[quant]`` and ``[export]`` tables) and from flags, flags winning. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ecmfq_export.errors import UserError
+
+LinearRecipe = Literal["fp16", "w8a8", "w4a8"]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize. Routed and shared experts are always W4A8; METHOD names in parentheses.
+
+    Attributes:
+        method: ``ecmfq`` is the whole method; ``rtn`` rounds to nearest without smoothing or calibration.
+        attention: recipe of q, k, v and o projections.
+        lm_head: recipe of the output projection.
+        group_size: -1, one scale an output channel; 128, plus int8 group multipliers.
+        num_samples: calibration samples that MACS picks from the pool (K).
+        selection: how samples are picked: ``macs`` or ``random``.
+        smooth: whether ECS searches smoothing scales.
+        smooth_rounding: ``power_of_two`` keeps folds exact in any binary floating type; ``real`` does not.
+        weighting: FAQ token weights: ``auto`` keeps the best per layer by held-out final-logit KL.
+        fusion_lambda: weight of the fusion factor phi (lambda).
+        gamma_text: text token weight rho; 0 measures it from loss gradients where the samples have answers.
+        percdamp: damping of the Hessian as a fraction of its mean diagonal.
+        shrinkage_kappa: pseudo-count of the shared Hessian for experts with few tokens (kappa).
+        holdout_fraction: fraction of the selected samples kept out of every search, for its gate.
+        seed: of every random choice.
+    """
+
+    method: Literal["ecmfq", "rtn"] = "ecmfq"
+    attention: LinearRecipe = "w8a8"
+    lm_head: Literal["fp16", "w8a8"] = "fp16"
+    group_size: Literal[-1, 128] = -1
+    num_samples: int = 128
+    selection: Literal["macs", "random"] = "macs"
+    smooth: bool = True
+    smooth_rounding: Literal["power_of_two", "real"] = "power_of_two"
+    weighting: Literal["auto", "none", "rho", "rho_g", "rho_g_phi"] = "auto"
+    fusion_lambda: float = 0.5
+    gamma_text: float = 10.0
+    percdamp: float = 0.01
+    shrinkage_kappa: float = 256.0
+    holdout_fraction: float = 0.25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How to write graphs.
+
+    Attributes:
+        max_seq_len: length of the static KV cache; 0 takes the target's limit or the model's, the smaller one.
+        max_batch: largest batch that engines take; 0 takes the target's limit.
+        max_image_patches: largest number of vision patches (before merging) in one call; bounds the engine's profile.
+        logits: ``last`` keeps the last position's logits only (generation), ``all`` keeps every position's.
+    """
+
+    max_seq_len: int = 0
+    max_batch: int = 0
+    max_image_patches: int = 4096
+    logits: Literal["last", "all"] = "all"
+
+
+ConfigT = typing.TypeVar("ConfigT", QuantConfig, ExportConfig)
+
+
+def build_config(kind: type[ConfigT], values: dict[str, Any], source: str) -> ConfigT:
+    """Check `values` against the fields of `kind` and build it; `source` names where they came from in errors.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a value outside the allowed ones.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{source}: unknown key '{key}'", f"known keys: {', '.join(sorted(known))}")
+        hint = hints[key]
+        if typing.get_origin(hint) is Literal:
+            allowed = typing.get_args(hint)
+            if value not in allowed or isinstance(value, bool):
+                raise UserError(f"{source}: {key} = {value!r}", f"allowed: {', '.join(map(str, allowed))}")
+        elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        elif type(value) is not hint:
+            raise UserError(f"{source}: {key} = {value!r} is a {type(value).__name__}", f"expected {hint.__name__}")
+    config = kind(**values)
+    _check_ranges(config, source)
+    return config
+
+
+def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
+    if isinstance(config, QuantConfig):
+        checks = {
+            "num_samples": config.num_samples >= 2,
+            "fusion_lambda": 0.0 <= config.fusion_lambda <= 1.0,
+            "gamma_text": config.gamma_text >= 0.0,
+            "percdamp": 0.0 < config.percdamp <= 1.0,
+            "shrinkage_kappa": config.shrinkage_kappa >= 0.0,
+            "holdout_fraction": 0.0 < config.holdout_fraction < 1.0,
+            "seed": config.seed >= 0,
+        }
+    else:
+        checks = {
+            "max_seq_len": config.max_seq_len >= 0,
+            "max_batch": config.max_batch >= 0,
+            "max_image_patches": config.max_image_patches >= 4,
+        }
+    for key, holds in checks.items():
+        if not holds:
+            raise UserError(f"{source}: {key} = {getattr(config, key)} is out of range", "see --help for its meaning")
+
+
+def load_toml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ``[quant]`` and ``[export]`` tables of a configuration file, unchecked.
+
+    Raises:
+        UserError: no such file, no TOML, or another table in it.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    for key in data:
+        if key not in ("quant", "export"):
+            raise UserError(f"{path}: unknown table '{key}'", "known tables: quant, export")
+    return data.get("quant", {}), data.get("export", {})
