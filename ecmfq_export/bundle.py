@@ -104,9 +104,7 @@ def write_stage(
         key_file.unlink()
         files = {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
         _sync_tree(work)
-        manifest = {"schema_version": SCHEMA_VERSION, "ecmfq_export": __version__, "stage": stage, "config": _plain(config),
-                    "inputs": dict(inputs), "files": files, "info": info}
-        write_json(work / MANIFEST, manifest)
+        write_json(work / MANIFEST, _manifest_json(stage, config, inputs, files, info))
         if out_dir.exists():
             shutil.rmtree(out_dir)
         work.rename(out_dir)
@@ -116,6 +114,24 @@ def write_stage(
             f"stage '{stage}' could not write {work}: {error.strerror or error}",
             "free disk space or choose another --output; finished layers are kept and the run continues from them",
         ) from error
+
+
+def write_bundle_manifest(root: Path, parts: list[str], config: Mapping[str, Any], info: Mapping[str, Any]) -> Manifest:
+    """Write ``manifest.json`` of a whole bundle from the finished stages in it (``parts``, relative directories).
+
+    Hashes are taken over from the parts' own manifests, and each part's manifest is hashed too, so nothing is read twice.
+
+    Raises:
+        BundleError: a part is not a finished stage.
+    """
+    files: dict[str, str] = {}
+    for part in parts:
+        manifest = read_manifest(inside(root, part))
+        files.update({f"{part}/{name}": digest for name, digest in manifest.files.items()})
+        files[f"{part}/{MANIFEST}"] = sha256_file(root / part / MANIFEST)
+    inputs = {part: files[f"{part}/{MANIFEST}"] for part in parts}
+    write_json(root / MANIFEST, _manifest_json("bundle", config, inputs, files, info))
+    return read_manifest(root, "bundle")
 
 
 def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
@@ -181,6 +197,13 @@ def write_json(path: Path, data: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.rename(path)
+
+
+def _manifest_json(
+    stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], files: Mapping[str, str], info: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "ecmfq_export": __version__, "stage": stage, "config": _plain(config),
+            "inputs": dict(inputs), "files": dict(files), "info": _plain(info)}
 
 
 def _read_json(path: Path) -> Any:
