@@ -1,0 +1,41 @@
+"""Dynamic per-token int8 quantization of activations: the definition that kernels, graphs and references share."""
+
+from __future__ import annotations
+
+import torch
+
+from ecmfq_export.errors import UserError
+
+TINY = 1e-30
+"""Floor of a token's largest magnitude, so that a zero token has a finite scale; far above float32's subnormals."""
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row symmetrically: ``scale = max(absmax, 1e-30) / 127``, ``qx = round_half_even(x / scale)`` in [-127, 127].
+
+    Args:
+        x: floating [..., K]; computed in float32.
+
+    Returns:
+        qx int8 [..., K], scale float32 [..., 1].
+
+    Raises:
+        UserError: a NaN or an infinity in `x`.
+    """
+    x = x.float()
+    if x.numel() == 0:
+        return torch.zeros(x.shape, dtype=torch.int8), torch.full((*x.shape[:-1], 1), TINY / 127.0)
+    absmax = x.abs().amax(-1, keepdim=True)
+    finite = torch.isfinite(absmax)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise UserError(f"activations hold NaN or infinity in {bad} of {absmax.numel()} tokens",
+                        "run the floating-point model on the same input; if it is finite there, report this as a bug")
+    scale = absmax.clamp_min(TINY) / 127.0
+    return torch.round(x / scale).clamp_(-127, 127).to(torch.int8), scale
+
+
+def fake_quantize_per_token(x: torch.Tensor) -> torch.Tensor:
+    """``qx * scale`` of :func:`quantize_per_token`, float32 [..., K]."""
+    qx, scale = quantize_per_token(x)
+    return qx.float() * scale
