@@ -1,0 +1,1 @@
+"""Running a model: prompt and images in, text out, over any runner."""

@@ -1,0 +1,168 @@
+"""Text and images to a :class:`ProcessedSample`, and token ids back to text, from a checkpoint's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecmfq_export.errors import CheckpointError, UserError
+from ecmfq_export.runtime.images import PREPROCESSOR_CONFIG, ImageInput, ImagePreprocessor
+from ecmfq_export.runtime.sample import ProcessedSample
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+
+PROCESSOR_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", PREPROCESSOR_CONFIG, "generation_config.json",
+)  # fmt: skip
+"""Every file that :class:`Processor` reads; the ones a checkpoint has are copied beside the graphs."""
+
+
+class Processor:
+    """Tokenizer, chat template and image preprocessing of a Hugging Face directory, without running its code.
+
+    Reads ``tokenizer.json``, ``tokenizer_config.json``, the chat template (``chat_template.jinja``,
+    ``chat_template.json`` or in the tokenizer's config), ``preprocessor_config.json`` and ``generation_config.json``.
+
+    Attributes:
+        image_token_id: the placeholder that stands for one merged image patch.
+        eos_token_ids: tokens that end an answer, most usual first.
+        merge_size: patches along each side of a merged patch.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UnsupportedError: another image processor than Qwen2-VL's (which Qwen3-VL uses).
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.tokenizer = _load_tokenizer(self.directory)
+        self._images = ImagePreprocessor(self.directory)
+        self.merge_size = self._images.merge_size
+        self.image_token_id = self._special(IMAGE_TOKEN)
+        self.eos_token_ids = self._read_eos()
+
+    def sample(self, text: str, images: Sequence[ImageInput] = (), answer: str | None = None) -> ProcessedSample:
+        """One user turn (images first, then the text) in the chat template, up to where the assistant answers.
+
+        Args:
+            text: what the user says; any text but image and video placeholders.
+            images: paths, PIL images or uint8 arrays.
+            answer: where given, appended with the end-of-turn token and marked in ``answer_mask``.
+
+        Raises:
+            UserError: an image that cannot be used, or a placeholder token in the text.
+        """
+        for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+            if token in text or (answer is not None and token in answer):
+                raise UserError(
+                    f"the text contains the placeholder {token}", "give images separately; the template places them"
+                )
+        patches, grids = self._images(list(images)) if images else (None, None)
+        ids = self._encode(self.prompt(text, len(images)))
+        if grids is not None:
+            ids = self._expand(ids, grids)
+        answer_length = 0
+        if answer is not None:
+            answer_ids = [*self._encode(answer), self.eos_token_ids[0]]
+            answer_length = len(answer_ids)
+            ids = [*ids, *answer_ids]
+        mask = np.zeros(len(ids), bool)
+        mask[len(ids) - answer_length :] = True
+        return ProcessedSample(np.asarray(ids, np.int64), patches, grids, mask)
+
+    def prompt(self, text: str, num_images: int) -> str:
+        """The chat template's text for one user turn, one placeholder an image, the assistant's turn opened."""
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+        content.append({"type": "text", "text": text})
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # jinja2 raises many kinds; all of them are the template's fault
+            raise CheckpointError(f"the chat template of {self.directory} fails: {error}") from None
+        found = rendered.count(IMAGE_TOKEN)
+        if found != num_images:
+            raise CheckpointError(
+                f"the chat template of {self.directory} placed {found} x {IMAGE_TOKEN} for {num_images} images"
+            )
+        return rendered
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def token_id(self, text: str) -> int:
+        """The id of a text that must be exactly one token, e.g. ``"yes"``.
+
+        Raises:
+            UserError: it is more than one token.
+        """
+        ids = self._encode(text)
+        if len(ids) != 1:
+            raise UserError(f"'{text}' is {len(ids)} tokens in this tokenizer, one is needed")
+        return ids[0]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _expand(self, ids: list[int], grids: np.ndarray) -> list[int]:
+        counts = iter((grids.prod(axis=1) // self.merge_size**2).tolist())
+        out: list[int] = []
+        for token in ids:
+            out.extend([token] * next(counts) if token == self.image_token_id else [token])
+        return out
+
+    def _special(self, token: str) -> int:
+        index = self.tokenizer.get_vocab().get(token)
+        if index is None:
+            raise CheckpointError(f"the tokenizer of {self.directory} has no token {token}")
+        return int(index)
+
+    def _read_eos(self) -> tuple[int, ...]:
+        ids: list[int] = []
+        if self.tokenizer.eos_token_id is not None:
+            ids.append(int(self.tokenizer.eos_token_id))
+        path = self.directory / "generation_config.json"
+        if path.is_file():
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
+            ids += [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
+        if not ids:
+            raise CheckpointError(
+                f"{self.directory}: no end-of-sequence token", "set eos_token in tokenizer_config.json"
+            )
+        return tuple(dict.fromkeys(ids))
+
+
+def _load_tokenizer(directory: Path):
+    if not (directory / "tokenizer.json").is_file():
+        raise CheckpointError(f"{directory} has no tokenizer.json", "copy it from the model")
+    # tokenizer.json is the whole tokenizer; the generic class reads it without looking up a class by the model's name.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust reader raises bare Exception
+        raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from None
+    if not tokenizer.chat_template:
+        path = directory / "chat_template.json"
+        try:
+            tokenizer.chat_template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{directory} has no chat template", "add chat_template.jinja from the model"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return tokenizer
