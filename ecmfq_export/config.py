@@ -139,3 +139,25 @@ def load_toml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if key not in ("quant", "export"):
             raise UserError(f"{path}: unknown table '{key}'", "known tables: quant, export")
     return data.get("quant", {}), data.get("export", {})
+
+
+def split_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort ``KEY=VALUE`` settings into fields of :class:`QuantConfig` and of :class:`ExportConfig`.
+
+    Values are read as TOML (``8``, ``0.5``, ``true``), and as a plain string where they are no TOML (``w4a8``).
+
+    Raises:
+        UserError: no ``=``, or a key that neither has.
+    """
+    parts: dict[type, dict[str, Any]] = {QuantConfig: {}, ExportConfig: {}}
+    names = {field.name: kind for kind in parts for field in dataclasses.fields(kind)}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in names:
+            raise UserError(f"--set {setting}: unknown setting", f"known settings: {', '.join(sorted(names))}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        parts[names[key]][key] = value
+    return parts[QuantConfig], parts[ExportConfig]

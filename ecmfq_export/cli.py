@@ -1,0 +1,257 @@
+"""The command ``ecmfq-export``: arguments in, one call, output and exit code out. No logic of its own.
+
+Exit codes: 0 success; 2 an error that the message tells how to fix (or a failed validation); 1 a bug of ours; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecmfq_export import __version__
+from ecmfq_export.errors import UserError
+
+if TYPE_CHECKING:
+    from ecmfq_export.config import ExportConfig, QuantConfig
+
+_DESCRIPTION = """\
+Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint to a W4A8 TensorRT engine.
+
+  checkpoint -> calibrate -> smooth -> quantize -> ONNX -> engine -> validate -> run
+"""
+
+_EXPORT_EXAMPLES = """\
+examples:
+  ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
+  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --no-build
+  ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
+
+A run that was stopped continues where it was: finished stages, and finished decoder layers of 'quantize', are kept.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the process's exit code."""
+    args = _parser().parse_args(argv)
+    if not hasattr(args, "run"):
+        _parser().print_help()
+        return 2
+    # Nothing here may reach for the network: checkpoints are local directories.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return args.run(args)
+    except UserError as error:
+        if args.verbose:
+            raise
+        print(f"ecmfq-export: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ecmfq-export: interrupted; finished stages and layers are kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) went away: nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and the builders' own messages")
+    parser = argparse.ArgumentParser("ecmfq-export", description=_DESCRIPTION,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"ecmfq-export {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, parents=[common],
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(run=function)
+        return sub
+
+    sub = command("export", _export, "all stages: checkpoint to validated bundle with engines", _EXPORT_EXAMPLES)
+    sub.add_argument("model", type=Path, help="checkpoint directory (config.json and .safetensors), floating point or quantized")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="the bundle's directory")
+    sub.add_argument("--target", required=True, help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
+    sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
+    sub.add_argument("--no-build", action="store_true", help="stop at ONNX; build engines elsewhere with 'build'")
+    _quant_arguments(sub)
+    sub.add_argument("--max-seq-len", type=int, help="length of the static KV cache (default: the target's limit)")
+    sub.add_argument("--max-batch", type=int, help="largest batch (default: the target's limit)")
+
+    sub = command("quantize", _quantize, "calibrate, smooth and quantize into a compressed-tensors checkpoint",
+                  "example:\n  ecmfq-export quantize ./model --data ./calib_data -o ./work/quantized\n")
+    sub.add_argument("model", type=Path, help="floating-point checkpoint directory")
+    sub.add_argument("-o", "--output", type=Path, required=True,
+                     help="directory of the quantized checkpoint; 'calibration' and 'smoothing' are written beside it")
+    _quant_arguments(sub)
+
+    sub = command("build", _build, "build engines of a bundle for one more target, or on the device",
+                  "example:\n  ecmfq-export build ./bundle --target l4\n")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--target", required=True)
+
+    sub = command("validate", _validate, "compare PyTorch, quantized PyTorch and ONNX Runtime; write JSON and HTML",
+                  "example:\n  ecmfq-export validate ./bundle --model ./model --evaluate heldout.jsonl\n")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--model", type=Path, required=True, help="the floating-point checkpoint")
+    sub.add_argument("--evaluate", type=Path, metavar="JSONL")
+    sub.add_argument("--limit", type=int, default=0)
+
+    sub = command("run", _run, "image and prompt in, text out (ONNX Runtime on the CPU)",
+                  'example:\n  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"\n')
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
+
+    sub = command("inspect", _inspect, "describe a checkpoint, bundle, ONNX graph or engine file")
+    sub.add_argument("path", type=Path)
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+    sub.add_argument("--verify", action="store_true", help="check every hash of a bundle")
+
+    sub = command("targets", _targets, "list the devices that can be exported for")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command("doctor", _doctor, "what this machine can build and run, and how to install what is missing")
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def _quant_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", type=Path, help="calibration samples: a directory with samples.jsonl, a JSONL file of "
+                     '{"image", "text", "answer"} lines, or a COCO captions JSON')
+    sub.add_argument("--config", type=Path, metavar="TOML", help="settings ([quant] and [export] tables)")
+    sub.add_argument("--method", choices=("ecmfq", "rtn"), help="rtn rounds to nearest and needs no data")
+    sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
+
+
+def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
+    from ecmfq_export.config import ExportConfig, QuantConfig, build_config, load_toml, split_settings
+
+    quant, export = load_toml(args.config) if args.config else ({}, {})
+    flag_quant, flag_export = split_settings(args.settings)
+    quant |= flag_quant | {key: value for key in ("method", "attention") if (value := getattr(args, key)) is not None}
+    export |= flag_export
+    export |= {key: value for key in ("max_seq_len", "max_batch") if (value := getattr(args, key, None)) is not None}
+    source = str(args.config or "settings")
+    return build_config(QuantConfig, quant, source), build_config(ExportConfig, export, source)
+
+
+def _consoles() -> tuple[Any, Any]:
+    """Console of results (standard output) and of progress (standard error)."""
+    from rich.console import Console
+
+    return Console(), Console(stderr=True)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.target import load_target
+    from ecmfq_export.validate.report import print_report, verdict
+    from ecmfq_export.workflow import export
+
+    quant, export_config = _configs(args)
+    target = load_target(args.target)
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        report = export(args.model, args.data, args.output, target, quant, export_config, progress,
+                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build)
+    print_report(report, out)
+    out.print(f"bundle: {args.output}")
+    return 0 if verdict(report) else 2
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.workflow import quantize_model
+
+    quant, _ = _configs(args)
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        path = quantize_model(args.model, args.data, args.output, quant, progress)
+    out.print(f"quantized checkpoint: {path}")
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.target import load_target
+    from ecmfq_export.workflow import Paths, build_engines, seal
+
+    target = load_target(args.target)
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        path = build_engines(args.bundle, target, progress, verbose=args.verbose)
+    seal(Paths(args.bundle), target, True)
+    out.print(f"engines: {path}")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.validate.report import print_report, verdict
+    from ecmfq_export.workflow import revalidate
+
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        report = revalidate(args.bundle, args.model, args.evaluate, args.limit, progress)
+    print_report(report, out)
+    return 0 if verdict(report) else 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ecmfq_export.engine.ort_runner import OrtRunner
+    from ecmfq_export.runtime.generate import Generator
+
+    generator = Generator(args.bundle / "onnx", lambda path: OrtRunner(path, threads=args.threads))
+    generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens,
+                       on_token=lambda text: print(text, end="", flush=True))
+    print()
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from ecmfq_export.describe import describe, print_description
+
+    facts = describe(args.path, verify=args.verify)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_description(facts, _consoles()[0])
+    return 0
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from ecmfq_export.describe import print_targets, target_facts
+
+    if args.json:
+        print(json.dumps(target_facts(), indent=2))
+    else:
+        print_targets(_consoles()[0])
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from ecmfq_export.describe import print_checks
+    from ecmfq_export.engine.doctor import collect
+
+    checks = collect()
+    if args.json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    else:
+        print_checks(checks, _consoles()[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

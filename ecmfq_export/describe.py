@@ -1,0 +1,126 @@
+"""What `inspect`, `targets` and `doctor` show: facts as plain data first, tables made from them second."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ecmfq_export import bundle
+from ecmfq_export.errors import UserError
+
+
+def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
+    """Facts about a checkpoint, a stage, a bundle, an ONNX graph or an engine, JSON-able.
+
+    Args:
+        path: a directory, a ``.onnx`` or an ``.engine`` file.
+        verify: check every hash of a directory with a manifest.
+
+    Raises:
+        UserError: nothing that can be described, or a hash that does not hold.
+    """
+    if path.suffix == ".onnx" and path.is_file():
+        return _describe_onnx(path)
+    if path.suffix == ".engine" and path.is_file():
+        from ecmfq_export.engine.engine_file import read_engine_file
+
+        return {"kind": "engine", "path": str(path), **dataclasses.asdict(read_engine_file(path))}
+    if (path / bundle.MANIFEST).is_file():
+        return _describe_stage(path, verify)
+    if (path / "config.json").is_file():
+        return _describe_checkpoint(path)
+    raise UserError(f"{path} is no checkpoint, stage, bundle, .onnx or .engine file",
+                    "a checkpoint has config.json, a stage or bundle manifest.json")
+
+
+def _describe_stage(path: Path, verify: bool) -> dict[str, Any]:
+    manifest = bundle.read_manifest(path)
+    if verify:
+        bundle.verify(path, manifest)
+    sizes = {name: (path / name).stat().st_size for name in manifest.files if (path / name).is_file()}
+    missing = sorted(set(manifest.files) - set(sizes))
+    if missing:
+        raise bundle.BundleError(f"{path / missing[0]} is missing ({len(missing)} files in all)", "make the stage again")
+    facts: dict[str, Any] = {"kind": manifest.stage, "path": str(path), "files": sizes, "bytes": sum(sizes.values()),
+                             "verified": verify, "config": manifest.config, "info": manifest.info}
+    if (path / "config.json").is_file():
+        facts["checkpoint"] = _describe_checkpoint(path)
+    return facts
+
+
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    from ecmfq_export.models.moe_vlm import open_model
+
+    model = open_model(path)
+    recipes = Counter(model.recipe(name) for name in model.names())
+    return {"kind": "checkpoint", "path": str(path), "spec": dataclasses.asdict(model.spec), "tensors": len(model.names()),
+            "recipes": dict(recipes), "quantized": model.quantization is not None}
+
+
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+
+    def values(items: Any) -> dict[str, list[int | str]]:
+        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in items}
+
+    return {"kind": "onnx", "path": str(path), "nodes": len(model.graph.node),
+            "ops": dict(Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node).most_common()),
+            "inputs": values(model.graph.input), "outputs": values(model.graph.output),
+            "initializers": len(model.graph.initializer), "functions": [f.name for f in model.functions],
+            "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import}}
+
+
+def print_description(facts: dict[str, Any], console: Console) -> None:
+    """Show :func:`describe`'s facts as a table, nested ones as indented rows."""
+    table = Table("field", "value", title=f"{facts['kind']}: {facts['path']}", title_justify="left")
+    for key, value in _rows(facts):
+        table.add_row(key, value)
+    console.print(table)
+
+
+def _rows(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        if not prefix and key in ("kind", "path"):
+            continue
+        if isinstance(value, dict) and value:
+            rows += [(f"{prefix}{key}", ""), *_rows(value, prefix + "  ")]
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
+            rows.append((f"{prefix}{key}", f"{len(value)} entries, first:"))
+            rows += _rows(value[0], prefix + "  ")
+        else:
+            rows.append((f"{prefix}{key}", f"{value:,}" if type(value) is int and value >= 10_000 else str(value)))
+    return rows
+
+
+def target_facts() -> list[dict[str, Any]]:
+    """Every bundled target as plain data."""
+    from ecmfq_export.target import list_targets, load_target
+
+    return [dataclasses.asdict(load_target(name)) for name in list_targets()]
+
+
+def print_targets(console: Console) -> None:
+    """Table of targets."""
+    table = Table("target", "SM", "runtime", "built", "attention", "max batch", "max seq", title="targets", title_justify="left")
+    for fact in target_facts():
+        table.add_row(fact["name"], " ".join(map(str, fact["compute_capabilities"])), fact["engine"]["runtime"],
+                      fact["engine"]["build"], fact["engine"]["attention"], str(fact["limits"]["max_batch"]),
+                      str(fact["limits"]["max_seq_len"]))
+    console.print(table)
+
+
+def print_checks(checks: Sequence[Any], console: Console) -> None:
+    """Table of what this machine has; how to get what it lacks."""
+    table = Table("", "what", "found", "to install", title="this machine", title_justify="left")
+    for check in checks:
+        table.add_row("[green]yes[/]" if check.ok else "[yellow]no[/]", check.name, check.detail, "" if check.ok else check.fix)
+    console.print(table)

@@ -1,0 +1,193 @@
+"""The whole way from a checkpoint to a bundle, as a list of stages.
+
+Each stage reads finished directories and writes one of its own (see :mod:`ecmfq_export.bundle`); a stage whose inputs and
+settings have not changed is skipped, an interrupted one continues where it can.
+
+The bundle::
+
+    OUT/onnx/              decoder/model.onnx, vision/model.onnx, weights, tokenizer, runtime.json
+    OUT/engines/<target>/  decoder.engine, vision.engine, the plugin library, build logs
+    OUT/report/            report.json, report.html
+    OUT/stages/            calibration, smoothing, quantized: what the bundle was made from; not needed on the device
+    OUT/manifest.json      sha256 of every file outside stages/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecmfq_export import bundle
+from ecmfq_export.config import ExportConfig, QuantConfig
+from ecmfq_export.errors import BuildError, UserError
+from ecmfq_export.progress import Progress
+from ecmfq_export.target import Target
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each stage's directory lies in a bundle."""
+
+    root: Path
+
+    @property
+    def calibration(self) -> Path:
+        return self.root / "stages" / "calibration"
+
+    @property
+    def smoothing(self) -> Path:
+        return self.root / "stages" / "smoothing"
+
+    @property
+    def quantized(self) -> Path:
+        return self.root / "stages" / "quantized"
+
+    @property
+    def onnx(self) -> Path:
+        return self.root / "onnx"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def engines(self, target: Target) -> Path:
+        return self.root / "engines" / target.name
+
+
+def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+    """Calibrate, smooth and quantize into `out_dir`; the two stages before lie beside it.
+
+    Raises:
+        UserError: the model is unsupported or damaged, or calibration data are needed and missing.
+    """
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.stages.quantize import quantize
+
+    model = open_model(model_dir)
+    if model.quantization is not None:
+        raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    calibration = smoothing = None
+    if config.method != "rtn":
+        if data is None:
+            raise UserError("method 'ecmfq' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
+        from ecmfq_export.stages.calibrate import calibrate
+
+        calibration = calibrate(model_dir, data, out_dir.with_name("calibration"), config, progress)
+        if config.smooth:
+            from ecmfq_export.stages.smooth import smooth
+
+            smoothing = smooth(model_dir, calibration, out_dir.with_name("smoothing"), config, progress)
+    return quantize(model_dir, calibration, smoothing, out_dir, config, progress)
+
+
+def export(
+    model_dir: Path,
+    data: Path | None,
+    output: Path,
+    target: Target,
+    quant: QuantConfig,
+    export_config: ExportConfig,
+    progress: Progress,
+    *,
+    evaluation: Path | None = None,
+    limit: int = 0,
+    build: bool = True,
+) -> dict[str, Any]:
+    """Every stage from a floating-point or quantized checkpoint to a validated bundle.
+
+    Args:
+        evaluation: held-out questions (JSONL) for the report; None compares logits only.
+        limit: at most so many evaluation items; 0 takes all.
+        build: whether to build engines (where the target builds them on this machine).
+
+    Returns:
+        The validation report.
+
+    Raises:
+        UserError: any input, machine or validation problem, before a later stage is started.
+    """
+    from ecmfq_export.graph.pipeline import export_onnx
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.validate.pipeline import validate
+
+    paths = Paths(output)
+    quantized = model_dir
+    if open_model(model_dir).quantization is None:
+        quantized = quantize_model(model_dir, data, paths.quantized, quant, progress)
+    else:
+        progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
+    export_onnx(quantized, paths.onnx, target, export_config, progress)
+    engines = build_engines(output, target, progress) if build else None
+    report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
+                      engines_dir=engines)
+    seal(paths, target, engines is not None)
+    return report
+
+
+def seal(paths: Paths, target: Target, built: bool) -> None:
+    """Write the bundle's own manifest over its finished parts."""
+    parts = ["onnx", "report"]
+    engines = paths.root / "engines"
+    if engines.is_dir():
+        parts += sorted(f"engines/{p.name}" for p in engines.iterdir() if (p / bundle.MANIFEST).is_file())
+    bundle.write_bundle_manifest(paths.root, parts, {"target": target.name}, {"engines_built": built})
+
+
+def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verbose: bool = False) -> Path:
+    """Build the decoder's and the vision tower's engine of a bundle, and put the plugin library beside them.
+
+    Raises:
+        BuildError: this machine cannot build for the target, a build failed, or the engine that came out does not hold one
+            plugin node for each routed MoE layer.
+    """
+    from ecmfq_export.engine.build import build_engine
+    from ecmfq_export.engine.engine_file import expect_plugin_nodes
+    from ecmfq_export.engine.plugin_library import find_plugin_library
+    from ecmfq_export.engine.profiles import profile_shapes
+
+    onnx_dir = Paths(bundle_root).onnx
+    manifest = bundle.read_manifest(onnx_dir, "onnx")
+    bundle.verify(onnx_dir, manifest)
+    ranges = {name: tuple(values) for name, values in manifest.info["dim_ranges"].items()}
+    num_plugin_nodes = int(manifest.info["num_plugin_nodes"])
+    out_dir = Paths(bundle_root).engines(target)
+    library = find_plugin_library()
+    config = {"target": dataclasses.asdict(target), "ranges": manifest.info["dim_ranges"]}
+    inputs = {"onnx": bundle.fingerprint(onnx_dir), "plugin_library": bundle.sha256_file(library)}
+    if bundle.is_current(out_dir, "build", config, inputs):
+        progress.note(f"{out_dir}: up to date")
+        return out_dir
+    with bundle.write_stage(out_dir, "build", config, inputs) as (work, info):
+        shutil.copyfile(library, work / library.name)
+        for part in progress.track(("decoder", "vision"), f"build engines for {target.name}"):
+            graph = onnx_dir / part / "model.onnx"
+            engine = build_engine(graph, target, work / f"{part}.engine", profiles=profile_shapes(graph, ranges),
+                                  plugin_library=work / library.name, log_path=work / f"{part}.build.log", verbose=verbose)
+            expect_plugin_nodes(engine, num_plugin_nodes if part == "decoder" else 0)
+            info[part] = dataclasses.asdict(engine)
+    if not info:
+        raise BuildError(f"no engine was built for {target.name}")
+    return out_dir
+
+
+def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:
+    """Write a bundle's report again, against the floating-point checkpoint `model_dir`.
+
+    Raises:
+        UserError: a file of the bundle was changed, or its quantized checkpoint is not there.
+    """
+    from ecmfq_export.validate.pipeline import validate
+
+    paths = Paths(bundle_root)
+    manifest = bundle.read_manifest(bundle_root, "bundle")
+    bundle.verify(bundle_root, manifest, [name for name in manifest.files if not name.startswith("report/")])
+    engines = [p for p in (bundle_root / "engines").glob("*") if (p / bundle.MANIFEST).is_file()]
+    quantized = paths.quantized if paths.quantized.is_dir() else model_dir
+    report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
+                      engines_dir=engines[0] if engines else None)
+    parts = ["onnx", "report", *sorted(f"engines/{p.name}" for p in engines)]
+    bundle.write_bundle_manifest(bundle_root, parts, manifest.config, manifest.info)
+    return report
