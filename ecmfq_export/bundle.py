@@ -7,6 +7,7 @@ manifest is complete by construction and a killed stage leaves nothing that coul
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -110,6 +111,9 @@ def write_stage(
         work.rename(out_dir)
         _sync_path(out_dir.parent)
     except OSError as error:
+        # Only what a write can meet; a missing input, say, is somebody else's error and keeps its own words.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise
         raise BundleError(
             f"stage '{stage}' could not write {work}: {error.strerror or error}",
             "free disk space or choose another --output; finished layers are kept and the run continues from them",
