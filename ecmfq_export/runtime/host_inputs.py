@@ -1,0 +1,287 @@
+"""What the host computes for the two graphs, in NumPy alone: positions, rotary tables, masks, vision indices.
+
+The graphs hold no data-dependent shapes, no position logic and no image-grid logic; all of it is here, equal to transformers'
+``get_rope_index``, ``Qwen3VLMoeTextRotaryEmbedding`` and ``vision_utils`` (5.23), and tested against them.
+
+Vision graph inputs (``num_patches`` = all patches of all images, in the processor's merge-block order)::
+
+    patches           [num_patches, patch_features] T   the processor's pixel_values
+    interp_indices    [num_patches, 4] int64            rows of the learned position table, bilinear taps
+    interp_weights    [num_patches, 4] T                their weights
+    rope_positions    [num_patches, 2] int64            row and column of each patch in its image
+    segment_ids       [num_patches] int64               which frame a patch belongs to; attention stays inside a frame
+
+Merging needs no index: four (merge_size ** 2) neighbouring patches are adjacent in merge-block order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ecmfq_export.errors import UserError
+
+MASKED = -30000.0
+"""Added to a masked attention score. Exact in float16; a score may be added to it without reaching -inf (a row of -inf gives
+NaN), and exp() of it is 0 in float32."""
+
+
+class RopeLike(Protocol):
+    """Fields of models.spec.RopeSpec that the tables need."""
+
+    kind: str
+    theta: float
+    sections: tuple[int, int, int]
+    head_dim: int
+
+
+class VisionLike(Protocol):
+    """Fields of models.spec.VisionSpec that the vision inputs need."""
+
+    spatial_merge_size: int
+    num_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class HostRope:
+    """Rotary embedding as ``runtime.json`` states it; see models.spec.RopeSpec."""
+
+    kind: str
+    theta: float
+    sections: tuple[int, int, int]
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class HostVision:
+    """The vision tower's sizes as ``runtime.json`` states them."""
+
+    spatial_merge_size: int
+    num_position_embeddings: int
+    patch_features: int
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What this module needs of ``runtime.json``."""
+
+    rope: HostRope
+    vision: HostVision
+    num_deepstack: int
+    max_seq_len: int
+    dtype: np.dtype
+
+    @classmethod
+    def from_runtime_json(cls, runtime: Mapping[str, Any]) -> HostSpec:
+        """Read the fields.
+
+        Raises:
+            UserError: one is missing.
+        """
+        try:
+            rope, vision = runtime["rope"], runtime["vision"]
+            return cls(
+                HostRope(rope["kind"], float(rope["theta"]), tuple(rope["sections"]), int(rope["head_dim"])),
+                HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features"))),
+                int(runtime["num_deepstack"]), int(runtime["max_seq_len"]), np.dtype(runtime["dtype"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"runtime.json: {error!r} is missing or wrong", "export the model again") from None
+
+
+def token_types(input_ids: np.ndarray, image_token_id: int) -> np.ndarray:
+    """0 at text, 1 at image placeholder tokens; int64, the shape of `input_ids`."""
+    return (np.asarray(input_ids) == image_token_id).astype(np.int64)
+
+
+def decoder_positions(
+    types: np.ndarray, lengths: Sequence[int] | np.ndarray, image_grid_thw: np.ndarray | None, spatial_merge_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions on the three MRoPE axes, as transformers' ``get_rope_index`` gives them for a right-padded batch.
+
+    Text advances all axes together; an image holds the temporal axis still, spreads rows and columns over the other two and
+    advances by the larger side.
+
+    Args:
+        types: [batch, seq], 0 text and 1 image (padding is ignored).
+        lengths: [batch], tokens that are not padding.
+        image_grid_thw: [num_images, 3] in patches, every image of the batch in order; None without images.
+        spatial_merge_size: patches along a merged patch's side.
+
+    Returns:
+        positions [3, batch, seq] int64 (0 at padding), deltas [batch] int64: the position of the token after the prompt is
+        ``length + delta`` on every axis, see :func:`decode_positions`.
+
+    Raises:
+        UserError: image tokens and grids do not match.
+    """
+    types = np.asarray(types)
+    batch, seq = types.shape
+    grids = np.zeros((0, 3), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
+    positions = np.zeros((3, batch, seq), np.int64)
+    deltas = np.zeros(batch, np.int64)
+    used = 0
+    for row in range(batch):
+        length = int(lengths[row])
+        current = at = largest = 0
+        while at < length:
+            end = _run_end(types[row], at, length)
+            if types[row, at] == 0:
+                positions[:, row, at:end] = np.arange(current, current + end - at)
+                current += end - at
+            while at < end and types[row, at] != 0:
+                if used == len(grids):
+                    raise UserError(f"prompt {row} has image tokens for more than the {len(grids)} images given")
+                block, advance = _image_positions(grids[used], spatial_merge_size)
+                stop = at + block.shape[1]
+                if stop > end:
+                    raise UserError(f"prompt {row}: image {used} (grid {grids[used].tolist()}) needs {block.shape[1]} tokens, "
+                                    f"{end - at} image tokens are there")
+                positions[:, row, at:stop] = block + current
+                current += advance
+                used, at = used + 1, stop
+            at = end
+            largest = int(positions[:, row, :end].max()) + 1
+        deltas[row] = largest - length
+    if used != len(grids):
+        raise UserError(f"{len(grids)} images for {used} runs of image tokens")
+    return positions, deltas
+
+
+def _run_end(types: np.ndarray, start: int, length: int) -> int:
+    changes = np.flatnonzero(types[start:length] != types[start])
+    return start + int(changes[0]) if len(changes) else length
+
+
+def _image_positions(grid: np.ndarray, merge: int) -> tuple[np.ndarray, int]:
+    frames, rows, columns = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+    return np.indices((frames, rows, columns)).reshape(3, -1), max(rows, columns)
+
+
+def decode_positions(cached: Sequence[int] | np.ndarray, deltas: np.ndarray) -> np.ndarray:
+    """Positions [3, batch, 1] int64 of one new token each, `cached` [batch] tokens being in the cache already."""
+    return np.broadcast_to((np.asarray(cached, np.int64) + deltas)[None, :, None], (3, len(deltas), 1))
+
+
+def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
+
+    Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
+    frequencies, then T. The other half of head_dim repeats the same angles, which RotaryEmbedding does by itself.
+
+    Args:
+        rope: kind, theta, sections and head_dim.
+        positions: [3, batch, seq] integers.
+        dtype: of the result. Angles are float32 as in transformers.
+
+    Raises:
+        UserError: an unknown kind or sections that do not add up.
+    """
+    half = rope.head_dim // 2
+    if rope.kind != "mrope_interleaved":
+        raise UserError(f"rotary embedding '{rope.kind}' is not supported", "supported: mrope_interleaved")
+    if sum(rope.sections) != half:
+        raise UserError(f"rope sections {list(rope.sections)} sum to {sum(rope.sections)}, head_dim / 2 is {half}")
+    axis = np.zeros(half, np.int64)
+    for which in (1, 2):
+        axis[which : rope.sections[which] * 3 : 3] = which
+    exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
+    # float64 rounded once: the correctly rounded frequency, which float32 powers miss by an ulp.
+    inverse = (1.0 / (rope.theta ** exponent.astype(np.float64)).astype(np.float32)).astype(np.float32)
+    angles = np.moveaxis(np.asarray(positions)[axis], 0, -1).astype(np.float32) * inverse
+    return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+
+
+def attention_mask(
+    cached: Sequence[int] | np.ndarray, seq: int, max_seq_len: int, dtype: np.dtype | type = np.float32
+) -> np.ndarray:
+    """Additive causal mask [batch, 1, seq, max_seq_len] over a static cache: 0 where visible, :data:`MASKED` elsewhere.
+
+    Query ``i`` of a row stands at cache slot ``cached + i`` and sees slots up to its own. Right padding needs nothing more:
+    a padded query comes after every real one, so no real query sees its key, and decoding overwrites its slot before it
+    becomes visible.
+
+    Args:
+        cached: [batch], tokens in the cache before this call (the graph's write_indices); zeros for a prefill.
+
+    Raises:
+        UserError: the new tokens do not fit into the cache.
+    """
+    starts = np.asarray(cached, np.int64)
+    if len(starts) and int(starts.max()) + seq > max_seq_len:
+        raise UserError(f"{int(starts.max())} cached and {seq} new tokens exceed the cache of {max_seq_len}",
+                        "shorten the prompt, or export with a larger max_seq_len")
+    slots = np.arange(max_seq_len)
+    last = starts[:, None, None, None] + np.arange(seq)[None, None, :, None]
+    return np.where(slots <= last, 0.0, MASKED).astype(dtype)
+
+
+def scatter_features(types: np.ndarray, features: np.ndarray, base: np.ndarray | None = None) -> np.ndarray:
+    """Features of image tokens in their places: [batch, seq, hidden] of `features`' dtype.
+
+    Args:
+        types: [batch, seq], 1 at image tokens (0 at padding).
+        features: [image tokens of the whole batch, hidden], in order.
+        base: what stands elsewhere (token embeddings); zeros where None, which is the DeepStack form.
+
+    Raises:
+        UserError: another number of image tokens than features.
+    """
+    where = np.asarray(types) != 0
+    if int(where.sum()) != len(features):
+        raise UserError(f"{int(where.sum())} image tokens for {len(features)} image features")
+    out = np.zeros((*where.shape, features.shape[-1]), features.dtype) if base is None else base.astype(features.dtype)
+    out[where] = features
+    return out
+
+
+def vision_inputs(
+    image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtype | type = np.float32
+) -> dict[str, np.ndarray]:
+    """Every input of the vision graph but ``patches``, for all images of `image_grid_thw` [num_images, 3] in one call.
+
+    The learned square position table is resampled bilinearly with aligned corners; see the module's table for shapes.
+
+    Raises:
+        UserError: a grid that merge_size does not divide, or a table that is no square.
+    """
+    merge, side = vision.spatial_merge_size, int(round(vision.num_position_embeddings**0.5))
+    if side * side != vision.num_position_embeddings:
+        raise UserError(f"num_position_embeddings = {vision.num_position_embeddings} is no square")
+    indices, weights, places, segments = [], [], [], []
+    segment = 0
+    for frames, rows, columns in np.asarray(image_grid_thw, np.int64).reshape(-1, 3).tolist():
+        if frames < 1 or rows < 1 or columns < 1 or rows % merge or columns % merge:
+            raise UserError(f"image grid {[frames, rows, columns]} is not made of {merge} x {merge} patch blocks")
+        grid = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
+        place = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+        row_taps, row_weights = _taps(place[:, 0], rows, side)
+        column_taps, column_weights = _taps(place[:, 1], columns, side)
+        taps = (row_taps[:, :, None] * side + column_taps[:, None, :]).reshape(-1, 4)
+        weight = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(-1, 4)
+        indices.append(np.tile(taps, (frames, 1)))
+        weights.append(np.tile(weight, (frames, 1)))
+        places.append(np.tile(place, (frames, 1)))
+        segments.append(np.repeat(np.arange(segment, segment + frames), rows * columns))
+        segment += frames
+    if not segment:
+        raise UserError("no images", "the vision graph is not run for text-only prompts")
+    return {
+        "interp_indices": np.concatenate(indices),
+        "interp_weights": np.concatenate(weights).astype(dtype),
+        "rope_positions": np.concatenate(places),
+        "segment_ids": np.concatenate(segments),
+    }
+
+
+def _taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two taps [n, 2] and their float32 weights along one axis, in transformers' order of operations."""
+    source = index.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    floor = np.floor(source)
+    offsets = np.arange(2)
+    taps = np.clip(floor.astype(np.int64)[:, None] + offsets, 0, side - 1)
+    distance = np.abs(source[:, None] - floor[:, None] - offsets.astype(np.float32))
+    return taps, np.maximum(np.float32(1) - distance, np.float32(0)).astype(np.float32)
