@@ -36,7 +36,8 @@ typedef enum EcmfqStatus {
     ECMFQ_ERROR_WEIGHT_LAYOUT = 7,   /* unknown weight layout */
     ECMFQ_ERROR_WORKSPACE = 8,       /* workspace is null, misaligned or too small */
     ECMFQ_ERROR_DEVICE = 9,          /* no kernel for this compute capability, or too little shared memory */
-    ECMFQ_ERROR_LAUNCH = 10          /* CUDA refused a launch */
+    ECMFQ_ERROR_LAUNCH = 10,         /* CUDA refused a launch */
+    ECMFQ_ERROR_ALIGNMENT = 11       /* a tensor is not aligned to 16 bytes */
 } EcmfqStatus;
 
 typedef enum EcmfqDtype { ECMFQ_FLOAT16 = 0, ECMFQ_BFLOAT16 = 1 } EcmfqDtype;

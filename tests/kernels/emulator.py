@@ -1,0 +1,160 @@
+"""Builds the kernels for the CPU (tests/kernels/emulation) and runs cases on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ecmfq_export.quant.kernel_layout import prepack_mma_s8
+from tests.kernels.reference import DTYPES, Case, Result
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "plugins"
+EMULATION = Path(__file__).resolve().parent / "emulation"
+ROW_MAJOR, MMA_S8 = 0, 1
+DECODE_8, DECODE_32, PREFILL = 0, 1, 2
+
+_FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", "-fPIC", "-DECMFQ_EMULATION", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+_SANITIZE = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+_SOURCE_SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
+
+
+class EmulationError(AssertionError):
+    """The emulated kernels did something wrong: a sanitizer report or a broken rule of the machine; the text says which."""
+
+
+def _files(plugins: Path) -> list[Path]:
+    folders = [plugins / "include", plugins / "src", plugins / "capi", EMULATION]
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES)
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def build(kind: str, plugins: Path = PLUGINS) -> Path:
+    """Build the ``server`` (an executable under AddressSanitizer and UBSan) or the ``library`` (plain, for ctypes).
+
+    The result is cached in the temporary directory under a hash of every source.
+    """
+    digest = hashlib.sha256(f"{kind} {compiler()} {_FLAGS} {_SANITIZE}".encode())
+    for path in _files(plugins):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"ecmfq-emulation-{os.getuid()}" / digest.hexdigest()[:20]
+    target = folder / ("server" if kind == "server" else "libecmfq_emulated.so")
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    options = _SANITIZE if kind == "server" else ["-O1"]
+    includes = [f"-I{plugins / 'include'}", f"-I{plugins / 'capi'}", f"-I{EMULATION}"]
+    sources = sorted([*(plugins / "src").glob("*.cu"), *(plugins / "capi").glob("*.cu"), EMULATION / "emulation.cpp"])
+    if kind == "server":
+        sources.append(EMULATION / "server.cpp")
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        def compile_one(source: Path) -> str:
+            out = Path(work) / f"{source.stem}-{source.parent.name}.o"
+            _run([compiler(), *_FLAGS, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(out)])
+            return str(out)
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, sources))
+        link = options if kind == "server" else [*options, "-shared"]
+        built = Path(work) / target.name
+        _run([compiler(), *link, *objects, "-o", str(built)])
+        os.replace(built, target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Plan fields to use instead of the planner's; ``tiling`` -1 goes through the C ABI and its planner."""
+
+    tiling: int = -1
+    term_columns: int = 0
+    persistent_blocks: int = 0
+    seed: int = 1
+
+
+class Emulator:
+    """A server process; one process runs many cases. Close it, or use it as a context manager."""
+
+    def __init__(self, executable: Path) -> None:
+        self._log = tempfile.TemporaryFile()
+        self._process = subprocess.Popen([str(executable)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+
+    def __enter__(self) -> Emulator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process; a leak or another late report raises EmulationError."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        if self._process.wait(timeout=60):
+            raise EmulationError(self._report())
+
+    def run(self, case: Case, layout: int, forced: Forced = Forced()) -> Result:
+        """Run one case; raises EmulationError with the report when the process dies or refuses."""
+        tokens, hidden = case.hidden_states.shape
+        top_k, experts, inter = case.topk_ids.shape[1], case.num_experts, case.intermediate_size
+        group = -1 if case.gate_up_multiplier is None else 128
+        header = np.array([tokens, experts, top_k, hidden, inter, group, case.dtype_code, layout, forced.tiling, forced.term_columns,
+                           forced.persistent_blocks, forced.seed, 0, 0, 0, 0], np.int32)
+        gate_up, down = case.gate_up_qweight, case.down_qweight
+        if layout == MMA_S8:
+            gate_up, down = prepack_mma_s8(gate_up, True), prepack_mma_s8(down, False)
+        parts = [header, case.hidden_states, case.topk_ids, case.topk_weights, gate_up, case.gate_up_scale, case.gate_up_multiplier,
+                 down, case.down_scale, case.down_multiplier]
+        try:
+            for part in parts:
+                if part is not None:
+                    self._process.stdin.write(np.ascontiguousarray(part).tobytes())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise EmulationError(self._report()) from None
+        status = int(self._read(np.int32, (1,))[0])
+        if status:
+            raise EmulationError(f"status {status}")
+        output = self._read(DTYPES[case.dtype_code], (tokens, hidden))
+        act_q = self._read(np.int8, (tokens, hidden))
+        act_scale = self._read(np.float32, (tokens,))
+        offsets = self._read(np.int32, (experts + 1,))
+        row_pair = self._read(np.int32, (tokens * top_k,))
+        inter_q = self._read(np.int8, (tokens * top_k, inter))
+        inter_scale = self._read(np.float32, (tokens * top_k,))
+        rows = int(offsets[-1])
+        return Result(output, _natural_order(act_q), act_scale, offsets, row_pair[:rows], _natural_order(inter_q[:rows]), inter_scale[:rows])
+
+    def _read(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        data = self._process.stdout.read(wanted)
+        if len(data) != wanted:
+            raise EmulationError(self._report())
+        return np.frombuffer(data, np.uint8).view(dtype).reshape(shape)
+
+    def _report(self) -> str:
+        self._process.wait(timeout=60)
+        self._log.seek(0)
+        return f"exit code {self._process.returncode}\n{self._log.read().decode(errors='replace')[-6000:]}"
+
+
+def _natural_order(q: np.ndarray) -> np.ndarray:
+    """Undo layout.cuh's activation_position: within 8 columns, even ones first, then odd ones."""
+    halves = q.reshape(q.shape[0], -1, 2, 4)
+    return halves.swapaxes(2, 3).reshape(q.shape)
