@@ -85,8 +85,12 @@ class HostSpec:
             rope, vision = runtime["rope"], runtime["vision"]
             return cls(
                 HostRope(rope["kind"], float(rope["theta"]), tuple(rope["sections"]), int(rope["head_dim"])),
-                HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features"))),
-                int(runtime["num_deepstack"]), int(runtime["max_seq_len"]), np.dtype(runtime["dtype"]),
+                HostVision(
+                    *(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features"))
+                ),
+                int(runtime["num_deepstack"]),
+                int(runtime["max_seq_len"]),
+                np.dtype(runtime["dtype"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"runtime.json: {error!r} is missing or wrong", "export the model again") from None
@@ -120,7 +124,9 @@ def decoder_positions(
     """
     types = np.asarray(types)
     batch, seq = types.shape
-    grids = np.zeros((0, 3), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
+    grids = (
+        np.zeros((0, 3), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
+    )
     positions = np.zeros((3, batch, seq), np.int64)
     deltas = np.zeros(batch, np.int64)
     used = 0
@@ -138,8 +144,10 @@ def decoder_positions(
                 block, advance = _image_positions(grids[used], spatial_merge_size)
                 stop = at + block.shape[1]
                 if stop > end:
-                    raise UserError(f"prompt {row}: image {used} (grid {grids[used].tolist()}) needs {block.shape[1]} tokens, "
-                                    f"{end - at} image tokens are there")
+                    raise UserError(
+                        f"prompt {row}: image {used} (grid {grids[used].tolist()}) needs {block.shape[1]} tokens, "
+                        f"{end - at} image tokens are there"
+                    )
                 positions[:, row, at:stop] = block + current
                 current += advance
                 used, at = used + 1, stop
@@ -166,7 +174,9 @@ def decode_positions(cached: Sequence[int] | np.ndarray, deltas: np.ndarray) -> 
     return np.broadcast_to((np.asarray(cached, np.int64) + deltas)[None, :, None], (3, len(deltas), 1))
 
 
-def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = np.float32) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(
+    rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
@@ -212,8 +222,10 @@ def attention_mask(
     """
     starts = np.asarray(cached, np.int64)
     if len(starts) and int(starts.max()) + seq > max_seq_len:
-        raise UserError(f"{int(starts.max())} cached and {seq} new tokens exceed the cache of {max_seq_len}",
-                        "shorten the prompt, or export with a larger max_seq_len")
+        raise UserError(
+            f"{int(starts.max())} cached and {seq} new tokens exceed the cache of {max_seq_len}",
+            "shorten the prompt, or export with a larger max_seq_len",
+        )
     slots = np.arange(max_seq_len)
     last = starts[:, None, None, None] + np.arange(seq)[None, None, :, None]
     return np.where(slots <= last, 0.0, MASKED).astype(dtype)
@@ -248,7 +260,7 @@ def vision_inputs(
     Raises:
         UserError: a grid that merge_size does not divide, or a table that is no square.
     """
-    merge, side = vision.spatial_merge_size, int(round(vision.num_position_embeddings**0.5))
+    merge, side = vision.spatial_merge_size, round(vision.num_position_embeddings**0.5)
     if side * side != vision.num_position_embeddings:
         raise UserError(f"num_position_embeddings = {vision.num_position_embeddings} is no square")
     indices, weights, places, segments = [], [], [], []

@@ -78,7 +78,9 @@ def test_rope_tables_equal_the_rotary_embedding(theta):
     near = np.arange(60)[None, None].repeat(3, 0)
     cos, _ = rotary(torch.zeros(1), torch.from_numpy(near))
     np.testing.assert_allclose(
-        host.rope_tables(host.HostRope("mrope_interleaved", theta, (24, 20, 20), 128), near)[0], cos[..., :64].numpy(), atol=5e-6
+        host.rope_tables(host.HostRope("mrope_interleaved", theta, (24, 20, 20), 128), near)[0],
+        cos[..., :64].numpy(),
+        atol=5e-6,
     )
 
 

@@ -1,0 +1,1 @@
+"""From a checkpoint to ONNX: an emitted decoder, a traced vision tower, and the passes that quantize them."""

@@ -1,0 +1,82 @@
+"""Routers in standard operators, read from a RouterSpec."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ecmfq_export.errors import UnsupportedError
+from ecmfq_export.graph.builder import GraphBuilder
+from ecmfq_export.models.spec import MoESpec
+
+F32 = ir.DataType.FLOAT
+
+
+def emit_router(
+    b: GraphBuilder, spec: MoESpec, x: ir.Value, weight: ir.Value, selection_bias: ir.Value | None
+) -> tuple[ir.Value, ir.Value]:
+    """Which experts take each token, and with what weight.
+
+    Everything is float32 whatever the graph's type: the router is thousandths of a layer's work, and a rounding that swaps
+    two experts costs more than any other rounding.
+
+    With groups, a group's score is the sum of its two best selection scores (DeepSeek-V3), and experts outside the best
+    ``top_groups`` groups are never selected.
+
+    Args:
+        x: [batch, seq, hidden] of the graph's type.
+        weight: float32 [hidden, num_experts].
+        selection_bias: float32 [num_experts], added for the selection only; None without.
+
+    Returns:
+        topk_ids [batch, seq, top_k] int32 and topk_weights [batch, seq, top_k] float32, best first.
+    """
+    router = spec.router
+    if b.dtype != F32:
+        x = b.cast(x, F32, "input_cast")
+    logits = b.op("MatMul", x, weight, name="router_logits")
+    scores = (
+        b.op("Softmax", logits, axis=-1, name="scores")
+        if router.scoring == "softmax"
+        else b.op("Sigmoid", logits, name="scores")
+    )
+    choice = scores if selection_bias is None else b.op("Add", scores, selection_bias, name="selection_scores")
+    if router.num_groups > 1:
+        choice = _limit_groups(b, spec, choice)
+    values, ids = b.ops(
+        "TopK", choice, b.const([spec.top_k], ir.DataType.INT64, f"top_{spec.top_k}"), axis=-1, outputs=2, name="topk"
+    )
+    weights = values if choice is scores else b.op("GatherElements", scores, ids, axis=-1, name="topk_scores")
+    if router.renormalize:
+        total = b.op("ReduceSum", weights, b.const([-1], ir.DataType.INT64, "last_axis"), keepdims=1, name="topk_total")
+        weights = b.op("Div", weights, total, name="topk_normalized")
+    if router.scaling != 1.0:
+        weights = b.op(
+            "Mul", weights, b.const(router.scaling, F32, f"router_scaling_{router.scaling}"), name="topk_scaled"
+        )
+    return b.cast(ids, ir.DataType.INT32, "topk_ids"), weights
+
+
+def _limit_groups(b: GraphBuilder, spec: MoESpec, choice: ir.Value) -> ir.Value:
+    groups, per_group = spec.router.num_groups, spec.num_experts // spec.router.num_groups
+    if groups * per_group != spec.num_experts:
+        raise UnsupportedError(f"{spec.num_experts} experts do not divide into {groups} groups")
+    last = b.const([-1], ir.DataType.INT64, "last_axis")
+    grouped = b.op("Reshape", choice, b.shape_const(0, 0, groups, per_group), name="grouped_scores")
+    best_count = b.const([min(2, per_group)], ir.DataType.INT64, f"top_{min(2, per_group)}")
+    best, _ = b.ops("TopK", grouped, best_count, axis=-1, outputs=2, name="group_best")
+    group_scores = b.op("ReduceSum", best, last, keepdims=0, name="group_scores")
+    top = b.const([spec.router.top_groups], ir.DataType.INT64, f"top_{spec.router.top_groups}")
+    _, kept = b.ops("TopK", group_scores, top, axis=-1, outputs=2, name="group_topk")
+    # A group is kept where one of the selected indices is its own; comparing avoids a scatter.
+    index = b.const([[[[g] for g in range(groups)]]], ir.DataType.INT64, f"group_index_{groups}")
+    same = b.op(
+        "Equal",
+        b.op("Unsqueeze", kept, b.const([2], ir.DataType.INT64, "axis_2"), name="group_kept"),
+        index,
+        name="group_equal",
+    )
+    hits = b.op("ReduceMax", b.cast(same, F32, "group_hits"), last, keepdims=1, name="group_mask")
+    inside = b.op("Greater", hits, b.const(0.5, F32, "half"), name="group_inside")
+    # -1e30 instead of -inf: never selected, and no NaN can come of it.
+    limited = b.op("Where", inside, grouped, b.const(-1e30, F32, "never_selected"), name="limited_scores")
+    return b.op("Reshape", limited, b.shape_const(0, 0, spec.num_experts), name="limited_flat")
