@@ -7,11 +7,13 @@ import torch
 from ecmfq_export.errors import UserError
 
 TINY = 1e-30
-"""Floor of a token's largest magnitude, so that a zero token has a finite scale; far above float32's subnormals."""
+"""Floor of a token's largest magnitude: a zero token gets a finite scale, far above float32's subnormals."""
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row symmetrically: ``scale = max(absmax, 1e-30) / 127``, ``qx = round_half_even(x / scale)`` in [-127, 127].
+    """Quantize each row symmetrically.
+
+    ``scale = max(absmax, 1e-30) / 127`` and ``qx = round_half_even(x / scale)``, in [-127, 127].
 
     Args:
         x: floating [..., K]; computed in float32.

@@ -58,7 +58,8 @@ class QTensor:
         if self.qvalue.dtype != torch.int8 or self.qvalue.ndim < 2:
             raise UserError(f"qvalue is {self.qvalue.dtype} {list(self.qvalue.shape)}, expected int8 [..., N, K]")
         if self.scale.dtype != torch.float32 or self.scale.shape != self.qvalue.shape[:-1]:
-            raise UserError(f"scale is {self.scale.dtype} {list(self.scale.shape)}, expected float32 {list(self.qvalue.shape[:-1])}")
+            expected = list(self.qvalue.shape[:-1])
+            raise UserError(f"scale is {self.scale.dtype} {list(self.scale.shape)}, expected float32 {expected}")
         if self.qvalue.numel():
             low, high = (int(v) for v in torch.aminmax(self.qvalue))
             if low < -limit or high > limit:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.quant.qtensor import GROUP, QTensor, chunked, grid_limit, group_count, round_scale
+from ecmfq_export.quant.qtensor import QTensor, chunked, grid_limit, group_count, round_scale
 
 Clip = Literal["absmax", "mse"]
 
@@ -60,7 +60,8 @@ def choose_scale(
         block = flat[part].float().unflatten(-1, (groups, columns // groups))
         absmax = block.abs().amax(-1)
         if not bool(torch.isfinite(absmax).all()):
-            raise UserError(f"a weight of shape {list(weight.shape)} holds NaN or infinity", "the checkpoint is damaged; download it again")
+            raise UserError(f"a weight of shape {list(weight.shape)} holds NaN or infinity",
+                            "the checkpoint is damaged; download it again")
         if clip == "mse":
             cost = None if weights is None else weights[part].unflatten(-1, (groups, columns // groups)).unsqueeze(1)
             steps[part] = _search(block, absmax, limit, cost, CLIP_RATIOS)
@@ -92,7 +93,8 @@ def _search(
     for ratio in ratios:
         # Against the rounded value: it is what weights are quantized with.
         step = round_scale(absmax * (ratio / limit))
-        error = torch.div(block, step.unsqueeze(-1)).round_().clamp_(-limit, limit).mul_(step.unsqueeze(-1)).sub_(block).square_()
+        level = torch.div(block, step.unsqueeze(-1)).round_().clamp_(-limit, limit)
+        error = level.mul_(step.unsqueeze(-1)).sub_(block).square_()
         total = (error if cost is None else error.mul_(cost)).sum(-1)
         better = total < best_error
         best_error = torch.where(better, total, best_error)
@@ -105,6 +107,3 @@ def _split_scale(steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = round_scale(steps.amax(-1) / 127.0)
     multiplier = torch.round(steps / scale.unsqueeze(-1)).clamp_(1, 127).to(torch.int8)
     return scale, multiplier
-
-
-__all__ = ["CLIP_RATIOS", "GROUP", "Clip", "choose_scale", "effective_scale", "quantize_rtn", "round_to_grid"]

@@ -1,0 +1,158 @@
+"""Expert-consensus smoothing on planted outlier channels."""
+
+import pytest
+import torch
+
+from ecmfq_export.errors import UserError
+from ecmfq_export.quant import ecs
+from ecmfq_export.quant.activation import fake_quantize_per_token
+from ecmfq_export.quant.ecs_objective import Objective, Pairs, expert_importance
+from ecmfq_export.quant.rtn import quantize_rtn
+
+E, N, D, T = 6, 20, 48, 400
+
+
+def planted(seed: int, outliers: int = 4, factor: float = 30.0, experts: int = E) -> tuple[Pairs, torch.Tensor, torch.Tensor]:
+    """Tokens whose first channels are large, and experts that read them with small weights; the same planting for any seed."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, D, generator=g)
+    x[:, :outliers] *= factor
+    fixed = torch.Generator().manual_seed(99)
+    weight = torch.randn(experts, N, D, generator=fixed)
+    weight[..., :outliers] /= factor
+    types = (torch.rand(T, generator=g) < 0.5).long()
+    token = torch.arange(T).repeat(2)
+    pairs = Pairs(x, token, torch.randint(experts, (2 * T,), generator=g), 0.1 + torch.rand(2 * T, generator=g), types)
+    return pairs, weight, torch.full((experts,), 1.0 / experts)
+
+
+def test_ratio_equals_its_definition():
+    pairs, weight, omega = planted(0)
+    scale = torch.exp2(torch.randint(-2, 3, (D,), generator=torch.Generator().manual_seed(1)).float())
+    ratios = Objective(pairs, weight, omega, 4, 10_000).ratios(scale)
+    e = 4
+    mine = pairs.expert == e
+    x, w = pairs.x[pairs.token[mine]], pairs.weight[mine]
+    reference = x @ weight[e].T
+    out = fake_quantize_per_token(x / scale) @ quantize_rtn(weight[e] * scale, 4).dequantize().T
+    error = (out - reference).abs().sum(-1)
+    error = error.clamp_max(5 * error.median())
+    assert torch.allclose(ratios[e], (w * error).sum() / (w * reference.abs().sum(-1)).sum(), rtol=1e-4)
+    value = Objective(pairs, weight, omega, 4, 10_000).value(scale)
+    assert value == pytest.approx(0.8 * float(ratios.mean()) + 0.2 * float(ratios.max()), rel=1e-5)
+
+
+@pytest.mark.parametrize("rounding", ["power_of_two", "real"])
+def test_planted_outliers_are_smoothed_and_pass_the_gate(rounding):
+    pairs, weight, omega = planted(0)
+    result = ecs.search_scale(pairs, planted(1)[0], weight, omega, 4, rounding)
+    assert result.accepted
+    assert result.search_after < 0.7 * result.search_before and result.heldout_after < 0.7 * result.heldout_before
+    assert bool((result.scale[:4] > result.scale[4:].max()).all())
+    if rounding == "power_of_two":
+        assert torch.equal(torch.log2(result.scale), torch.log2(result.scale).round())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_search_never_ends_worse_than_no_scale_on_its_own_tokens(seed):
+    pairs, weight, omega = planted(seed, outliers=0)
+    result = ecs.search_scale(pairs, planted(seed + 50, outliers=0)[0], weight, omega, 4)
+    assert result.search_after <= result.search_before
+
+
+def test_gate_rejects_what_held_out_tokens_do_not_confirm():
+    pairs, weight, omega = planted(0)
+    other = planted(1)[0]
+    reversed_x = other.x.flip(-1).clone()
+    result = ecs.search_scale(pairs, Pairs(reversed_x, other.token, other.expert, other.weight, other.types), weight, omega, 4)
+    assert result.search_after < result.search_before
+    assert not result.accepted and torch.equal(result.scale, torch.ones(D))
+    assert result.summary()["accepted"] is False
+
+
+def test_result_does_not_depend_on_the_numbers_of_experts():
+    pairs, weight, omega = planted(0)
+    omega = torch.tensor([0.1, 0.3, 0.05, 0.15, 0.25, 0.15])
+    omega[5] += 0.001  # no ties
+    held = planted(1)[0]
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    def renumber(p):
+        return Pairs(p.x, p.token, torch.argsort(order)[p.expert], p.weight, p.types)
+    one = ecs.search_scale(pairs, held, weight, omega, 4)
+    two = ecs.search_scale(renumber(pairs), renumber(held), weight[order], omega[order], 4)
+    assert torch.equal(one.scale, two.scale)
+
+
+def test_tied_channels_share_their_scale():
+    pairs, weight, omega = planted(0)
+    tie = torch.arange(D) % (D // 2)
+    result = ecs.search_scale(pairs, planted(1)[0], weight, omega, 4, tie=tie)
+    assert torch.equal(result.scale[: D // 2], result.scale[D // 2 :])
+
+
+@pytest.mark.parametrize("case", ["an expert without tokens", "one token", "all on one expert", "no pairs"])
+def test_degenerate_routing(case):
+    pairs, weight, omega = planted(0)
+    expert, keep = pairs.expert, torch.arange(2 * T)
+    if case == "an expert without tokens":
+        expert = torch.where(expert == 2, torch.tensor(3), expert)
+    elif case == "one token":
+        keep = torch.cat((torch.nonzero(expert == 2)[:1, 0], torch.nonzero(expert != 2)[:, 0]))
+    elif case == "all on one expert":
+        expert = torch.full_like(expert, 1)
+    else:
+        keep = keep[:0]
+    pairs = Pairs(pairs.x, pairs.token[keep], expert[keep], pairs.weight[keep], pairs.types)
+    result = ecs.search_scale(pairs, pairs, weight, omega, 4)
+    assert bool(torch.isfinite(result.scale).all())
+    assert result.accepted == (case != "no pairs")
+    per_expert = ecs.search_per_expert(pairs, pairs, weight, 4)
+    assert bool(torch.isfinite(per_expert.scale).all())
+    if case == "an expert without tokens":
+        assert not per_expert.accepted[2] and torch.equal(per_expert.scale[2], torch.ones(D))
+
+
+def test_chunks_over_experts_do_not_change_the_objective():
+    pairs, weight, omega = planted(0)
+    scale = torch.linspace(0.5, 2, D)
+    whole, parts = (Objective(pairs, weight, omega, 4, 64, max_bytes=limit) for limit in (1 << 30, 1))
+    assert torch.allclose(whole.ratios(scale), parts.ratios(scale), rtol=1e-5)
+
+
+def test_nan_is_refused():
+    pairs, weight, omega = planted(0)
+    pairs.x[3, 3] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        ecs.search_scale(pairs, pairs, weight, omega, 4)
+
+
+def test_per_expert_scales_differ_and_are_gated_one_by_one():
+    pairs, weight, _ = planted(0, outliers=0)
+    train_x = pairs.x[pairs.token].clone()
+    train_x[pairs.expert == 1, 7] *= 40
+    weight[1, :, 7] /= 40
+    rows = torch.arange(2 * T)
+    train = Pairs(train_x, rows, pairs.expert, pairs.weight, pairs.types[pairs.token])
+    result = ecs.search_per_expert(train, train, weight, 4)
+    assert bool(result.accepted[1])
+    assert result.scale[1, 7] > 1 and bool((result.ratio_after <= result.ratio_before).all())
+
+
+def test_expert_importance_is_floored_and_sums_to_one():
+    mass = torch.tensor([[100.0, 0.0], [1.0, 50.0], [0.0, 0.0], [0.0, 0.0]])
+    omega = expert_importance(mass)
+    assert omega.sum() == pytest.approx(1.0) and float(omega.min()) > 0.02 and omega[2] == omega[3]
+
+
+def test_finish_scale():
+    scale = ecs.finish_scale(torch.tensor([1e6, 1.0, 1.0, 1e-6]), "power_of_two")
+    assert scale.tolist() == [32.0, 1.0, 1.0, 2.0**-5]
+    assert torch.log2(ecs.finish_scale(torch.rand(64) + 0.1, "real")).mean().abs() < 1e-5
+
+
+def test_quantile_takes_the_larger_modality():
+    x = torch.zeros(200, 2)
+    types = torch.arange(200) % 2
+    x[types == 1, 0] = 3.0
+    x[types == 0, 1] = -5.0
+    assert ecs.channel_quantile(x, types, 0.99).tolist() == [3.0, 5.0]
