@@ -7,12 +7,16 @@ several units (ids are stable under 1e-5 changes), a decoder weight is never squ
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+from ecmfq_export.runtime.sample import ProcessedSample
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
@@ -129,3 +133,27 @@ def write_processor_files(directory: Path, config: Qwen3VLMoeConfig) -> None:
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
     }  # fmt: skip
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+def random_sample(
+    seed: int, grids: Sequence[tuple[int, int, int]] = (), text: int = 5, patch_features: int = 96, merge: int = 2
+) -> ProcessedSample:
+    """A random prompt: text tokens before, between and after images of `grids` patches, the last half of the text an answer.
+
+    `text` tokens stand at each of the ``len(grids) + 1`` places; `patch_features` and `merge` are the tiny model's.
+    """
+    rng = np.random.default_rng(seed)
+    ids = list(rng.integers(0, 256, text))
+    for grid in grids:
+        placeholders = int(np.prod(grid)) // merge**2
+        ids += [VISION_START_TOKEN_ID, *[IMAGE_TOKEN_ID] * placeholders, VISION_END_TOKEN_ID]
+        ids += list(rng.integers(0, 256, text))
+    patches = sum(int(np.prod(grid)) for grid in grids)
+    answer = np.zeros(len(ids), bool)
+    answer[len(ids) - (text + 1) // 2 :] = True
+    return ProcessedSample(
+        np.array(ids, np.int64),
+        rng.standard_normal((patches, patch_features)).astype(np.float32) if grids else None,
+        np.array(grids, np.int64) if grids else None,
+        answer,
+    )

@@ -1,0 +1,127 @@
+"""Reading config fields so that none goes unnoticed: each is taken, known to be harmless, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ecmfq_export.errors import CheckpointError, UnsupportedError
+
+
+class ConfigFields:
+    """One JSON object of a config, with the defaults of transformers' own config class for what is absent.
+
+    Args:
+        where: how errors name the object, e.g. ``"text_config"``; empty for the top level.
+        given: what the file says.
+        defaults: an instance of transformers' config class, built from `given`; read for absent fields.
+        aliases: other spellings of a field, e.g. ``{"num_experts": ("num_local_experts",)}``.
+    """
+
+    def __init__(
+        self, where: str, given: Mapping[str, Any], defaults: Any, aliases: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.where = where
+        self._given = given
+        self._defaults = defaults
+        self._aliases = aliases or {}
+        self._taken: set[str] = set()
+
+    def label(self, name: str) -> str:
+        """The field's name as errors give it."""
+        return f"{self.where}.{name}" if self.where else name
+
+    def take(self, name: str) -> Any:
+        """The field's value, from the file or from transformers' default.
+
+        Raises:
+            UnsupportedError: two spellings of the field disagree.
+        """
+        spellings = [name, *self._aliases.get(name, ())]
+        present = [spelling for spelling in spellings if spelling in self._given]
+        self._taken.update(spellings)
+        if not present:
+            return getattr(self._defaults, name, None)
+        values = [self._given[spelling] for spelling in present]
+        if any(value != values[0] for value in values):
+            raise UnsupportedError(
+                f"config.json: {self.label(present[0])} = {values[0]!r} but {present[1]} = {values[1]!r}"
+            )
+        return values[0]
+
+    def whole(self, name: str, minimum: int = 1) -> int:
+        """An integer field.
+
+        Raises:
+            CheckpointError: no integer, or below `minimum`.
+        """
+        value = self.take(name)
+        if type(value) is not int or value < minimum:
+            raise CheckpointError(
+                f"config.json: {self.label(name)} = {value!r}", f"expected an integer of at least {minimum}"
+            )
+        return value
+
+    def number(self, name: str) -> float:
+        """A positive finite number.
+
+        Raises:
+            CheckpointError: anything else.
+        """
+        value = self.take(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise CheckpointError(f"config.json: {self.label(name)} = {value!r}", "expected a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """A boolean field.
+
+        Raises:
+            CheckpointError: anything else.
+        """
+        value = self.take(name)
+        if type(value) is not bool:
+            raise CheckpointError(f"config.json: {self.label(name)} = {value!r}", "expected true or false")
+        return value
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """A list of non-negative integers.
+
+        Raises:
+            CheckpointError: anything else.
+        """
+        value = self.take(name)
+        if not isinstance(value, list | tuple) or any(type(item) is not int or item < 0 for item in value):
+            raise CheckpointError(f"config.json: {self.label(name)} = {value!r}", "expected a list of integers")
+        return tuple(value)
+
+    def expect(self, name: str, *allowed: Any, why: str) -> None:
+        """Refuse a value that changes the model in a way that is not handled.
+
+        Raises:
+            UnsupportedError: the field (or its default) is none of `allowed`.
+        """
+        value = self.take(name)
+        if not any(type(value) is type(item) and value == item for item in allowed):
+            raise UnsupportedError(
+                f"config.json: {self.label(name)} = {value!r} is not supported: {why}",
+                f"supported: {' or '.join(repr(item) for item in allowed)}",
+            )
+
+    def finish(self, harmless: Mapping[str, str]) -> None:
+        """Refuse what was neither taken nor is known not to change inference.
+
+        Args:
+            harmless: field name to the reason why it may be ignored.
+
+        Raises:
+            UnsupportedError: an unknown field, with its value.
+        """
+        for name, value in self._given.items():
+            if name not in self._taken and name not in harmless:
+                shown = repr(value)
+                raise UnsupportedError(
+                    f"config.json: {self.label(name)} = {shown if len(shown) < 80 else shown[:77] + '...'} is unknown "
+                    "and could change the model's results",
+                    "if it does not, remove it from config.json; otherwise this model needs a newer version",
+                )

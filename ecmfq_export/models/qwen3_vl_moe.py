@@ -1,0 +1,269 @@
+"""Qwen3-VL-MoE: its config, its tensor names, its vision tower.
+
+Facts are those of transformers 5.23, ``models/qwen3_vl_moe`` and ``conversion_mapping.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+from ecmfq_export.errors import CheckpointError, UnsupportedError
+from ecmfq_export.models.config_fields import ConfigFields
+from ecmfq_export.models.spec import (
+    DecoderLayerSpec,
+    DenseMlpSpec,
+    GqaSpec,
+    ModelSpec,
+    MoESpec,
+    RopeSpec,
+    RouterSpec,
+    VisionSpec,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_BOOKKEEPING = {
+    "architectures": "checked at the top level",
+    "dtype": "tensors carry their own dtype",
+    "torch_dtype": "tensors carry their own dtype",
+    "transformers_version": "says who wrote the file",
+    "_name_or_path": "says where the file came from",
+    "name_or_path": "says where the file came from",
+    "model_type": "checked where the family is chosen",
+    "initializer_range": "initialization of training",
+    "return_dict": "form of transformers' return value",
+    "output_hidden_states": "form of transformers' return value",
+    "output_attentions": "form of transformers' return value",
+    "problem_type": "classification heads only",
+    "id2label": "classification heads only",
+    "label2id": "classification heads only",
+    "use_cache": "whether transformers keeps a cache",
+    "bos_token_id": "generation; the runtime reads the tokenizer and generation_config.json",
+    "eos_token_id": "generation; the runtime reads the tokenizer and generation_config.json",
+    "pad_token_id": "marks an embedding row that training leaves alone; inference reads it as any other",
+}
+"""Fields of any level that do not change inference, with the reason."""
+
+_TEXT_HARMLESS = _BOOKKEEPING | {
+    "attention_dropout": "training only",
+    "output_router_logits": "asks for the training loss of the router",
+    "router_aux_loss_coef": "training loss of the router",
+    "max_window_layers": "read together with use_sliding_window, which is refused where true",
+    "tie_word_embeddings": "transformers ties by the top level's field",
+}
+
+
+def read_spec(config: dict[str, Any]) -> ModelSpec:
+    """The spec of a ``config.json``; absent fields take the defaults of transformers' config classes.
+
+    Raises:
+        CheckpointError: transformers' own validation fails, or sizes contradict each other.
+        UnsupportedError: a field, or a value of one, that changes the model and is not handled.
+    """
+    defaults = _transformers_config(config)
+    top = ConfigFields("", config, defaults)
+    top.expect(
+        "architectures", ["Qwen3VLMoeForConditionalGeneration"], None, why="only the generating model is handled"
+    )
+    text_given, vision_given = (_section(top.take(name), name) for name in ("text_config", "vision_config"))
+    text = ConfigFields("text_config", text_given, defaults.text_config, {"num_experts": ("num_local_experts",)})
+    hidden_size = text.whole("hidden_size")
+    vision = _read_vision(vision_given, defaults.vision_config, hidden_size)
+    layers = _read_layers(text, hidden_size)
+    spec = ModelSpec(
+        family="qwen3_vl_moe",
+        hidden_size=hidden_size,
+        vocab_size=text.whole("vocab_size"),
+        rms_norm_eps=text.number("rms_norm_eps"),
+        tie_word_embeddings=top.flag("tie_word_embeddings"),
+        max_position_embeddings=text.whole("max_position_embeddings"),
+        rope=_read_rope(text, text_given, defaults.text_config, layers[0].attention.head_dim),
+        layers=layers,
+        vision=vision,
+        image_token_id=top.whole("image_token_id", 0),
+        video_token_id=top.whole("video_token_id", 0),
+        vision_start_token_id=top.whole("vision_start_token_id", 0),
+        vision_end_token_id=top.whole("vision_end_token_id", 0),
+    )
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        if getattr(spec, name) >= spec.vocab_size:
+            raise CheckpointError(
+                f"config.json: {name} = {getattr(spec, name)} is outside vocab_size = {spec.vocab_size}"
+            )
+    if len(vision.deepstack_layers) > len(layers):
+        raise UnsupportedError(
+            f"config.json: {len(vision.deepstack_layers)} DeepStack features for {len(layers)} decoder layers",
+            "each feature is added after one decoder layer",
+        )
+    text.finish(_TEXT_HARMLESS)
+    top.take("quantization_config")  # read by models/quantized_format.py
+    top.finish(_BOOKKEEPING)
+    return spec
+
+
+def _transformers_config(config: dict[str, Any]) -> Any:
+    from transformers import Qwen3VLMoeConfig
+
+    # A copy, since transformers edits what it is given. The quantization is ours to read.
+    given = {
+        key: value for key, value in copy.deepcopy(config).items() if key not in ("model_type", "quantization_config")
+    }
+    try:
+        return Qwen3VLMoeConfig(**given)
+    except Exception as error:  # validation of huggingface_hub raises several unrelated types
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"config.json is refused by transformers: {reason[:300]}") from None
+
+
+def _section(value: Any, name: str) -> dict[str, Any]:
+    # transformers' instance where the file has no such section: every field is a default.
+    if value is None or not isinstance(value, dict):
+        if hasattr(value, "model_type"):
+            return {}
+        raise CheckpointError(f"config.json: {name} is no object")
+    return value
+
+
+def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec, ...]:
+    text.expect("hidden_act", "silu", why="experts and kernels are gated by SiLU")
+    text.expect("norm_topk_prob", True, None, why="transformers' class always renormalizes the selected scores")
+    text.expect("sliding_window", None, why="attention is over the whole context")
+    text.expect("use_sliding_window", False, None, why="attention is over the whole context")
+    num_layers = text.whole("num_hidden_layers")
+    text.expect("layer_types", None, ["full_attention"] * num_layers, why="attention is over the whole context")
+    num_heads, num_kv_heads = text.whole("num_attention_heads"), text.whole("num_key_value_heads")
+    head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
+    if num_heads % num_kv_heads or head_dim % 2:
+        raise CheckpointError(
+            f"config.json: {num_heads} query heads of {head_dim} over {num_kv_heads} key/value heads",
+            "query heads must be a multiple of key/value heads, head_dim even",
+        )
+    attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=text.flag("attention_bias"))
+    num_experts, top_k = text.whole("num_experts"), text.whole("num_experts_per_tok")
+    if top_k > num_experts:
+        raise CheckpointError(f"config.json: num_experts_per_tok = {top_k} of num_experts = {num_experts}")
+    router = RouterSpec(scoring="softmax", renormalize=True)
+    moe = MoESpec(hidden_size, text.whole("moe_intermediate_size"), num_experts, top_k, router)
+    dense = DenseMlpSpec(hidden_size, text.whole("intermediate_size"))
+    step, dense_layers = text.whole("decoder_sparse_step"), text.take("mlp_only_layers")
+    dense_layers = () if dense_layers is None else text.wholes("mlp_only_layers")
+    return tuple(
+        DecoderLayerSpec(i, attention, dense if i in dense_layers or (i + 1) % step else moe) for i in range(num_layers)
+    )
+
+
+def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_dim: int) -> RopeSpec:
+    """`defaults` has the three historical spellings (rope_parameters, rope_scaling, rope_theta) merged already."""
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        text.take(name)
+    spelled = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name) is not None]
+    thetas = {section["rope_theta"] for section in spelled if isinstance(section, dict) and "rope_theta" in section}
+    thetas |= {given["rope_theta"]} if given.get("rope_theta") is not None else set()
+    if len(spelled) > 1 or len(thetas) > 1:
+        raise UnsupportedError(
+            "config.json: rope_parameters, rope_scaling and rope_theta of text_config contradict each other",
+            "keep one of rope_parameters and rope_scaling, and one rope_theta",
+        )
+    rope = ConfigFields("text_config.rope_parameters", dict(defaults.rope_parameters), None)
+    rope.expect("rope_type", "default", why="only unscaled rotary embedding is handled")
+    rope.expect("type", "default", None, why="only unscaled rotary embedding is handled")
+    rope.expect("mrope_interleaved", True, None, why="transformers' class always interleaves")
+    theta = rope.number("rope_theta")
+    # The class's own default where the file names no sections.
+    sections = (24, 20, 20) if rope.take("mrope_section") is None else rope.wholes("mrope_section")
+    rope.finish({})
+    half = head_dim // 2
+    owners = [0] * half
+    for axis in (1, 2):
+        for frequency in range(axis, min(half, 3 * sections[axis]) if len(sections) == 3 else 0, 3):
+            owners[frequency] = axis
+    if len(sections) != 3 or tuple(owners.count(axis) for axis in range(3)) != sections:
+        raise UnsupportedError(
+            f"config.json: mrope_section = {list(sections)} does not interleave over head_dim / 2 = {half} frequencies",
+            "expected three sections that sum to head_dim / 2, rows and columns at most a third each",
+        )
+    return RopeSpec("mrope_interleaved", theta, sections, head_dim)
+
+
+def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> VisionSpec:
+    vision = ConfigFields(
+        "vision_config", given, defaults, {"num_heads": ("num_attention_heads",), "depth": ("num_hidden_layers",)}
+    )
+    vision.expect("model_type", "qwen3_vl_moe_vision", "qwen3_vl_moe", why="another vision tower than this family's")
+    vision.expect("hidden_act", "gelu_pytorch_tanh", why="no such tower was checked")
+    vision.whole("intermediate_size")  # the tower's shapes show it
+    rope = ConfigFields("vision_config.rope_parameters", dict(defaults.rope_parameters or {}), None)
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        vision.take(name)
+    rope.expect("rope_type", "axial", why="transformers' tower knows no other")
+    rope.expect("rope_theta", 10000.0, 10000, why="the host computes the tower's angles with it")
+    rope.finish({})
+    spec = VisionSpec(
+        hidden_size=vision.whole("hidden_size"),
+        num_layers=vision.whole("depth"),
+        num_heads=vision.whole("num_heads"),
+        in_channels=vision.whole("in_channels"),
+        patch_size=vision.whole("patch_size"),
+        temporal_patch_size=vision.whole("temporal_patch_size"),
+        spatial_merge_size=vision.whole("spatial_merge_size"),
+        out_hidden_size=vision.whole("out_hidden_size"),
+        num_position_embeddings=vision.whole("num_position_embeddings"),
+        deepstack_layers=vision.wholes("deepstack_visual_indexes"),
+    )
+    vision.finish(_BOOKKEEPING)
+    if spec.out_hidden_size != hidden_size:
+        raise CheckpointError(
+            f"config.json: vision out_hidden_size {spec.out_hidden_size}, text hidden_size {hidden_size}"
+        )
+    if spec.hidden_size % (4 * spec.num_heads):
+        raise CheckpointError(
+            f"config.json: vision hidden_size {spec.hidden_size} over {spec.num_heads} heads",
+            "a head's size must be a multiple of 4",
+        )
+    if int(spec.num_position_embeddings**0.5) ** 2 != spec.num_position_embeddings:
+        raise CheckpointError(f"config.json: num_position_embeddings {spec.num_position_embeddings} is no square")
+    layers = spec.deepstack_layers
+    if list(layers) != sorted(set(layers)) or any(layer >= spec.num_layers for layer in layers):
+        raise UnsupportedError(
+            f"config.json: deepstack_visual_indexes = {list(layers)} of {spec.num_layers} vision layers",
+            "expected ascending layer numbers",
+        )
+    return spec
+
+
+_TEXT_PREFIX = "model.language_model."
+_VISION_PREFIX = "model.visual."
+_ROUTER = re.compile(r"\.mlp\.router\.weight$")
+
+
+def disk_name(name: str) -> str:
+    """Canonical name (spec.py) to the name on disk, the same in published checkpoints and in what transformers saves."""
+    if name.startswith("vision."):
+        return _VISION_PREFIX + name.removeprefix("vision.")
+    if name.startswith("lm_head."):
+        return name
+    return _TEXT_PREFIX + _ROUTER.sub(".mlp.gate.weight", name)
+
+
+def build_vision(config: dict[str, Any]) -> torch.nn.Module:
+    """transformers' vision tower on the meta device, eager attention."""
+    import torch
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+
+    vision_config = _transformers_config(config).vision_config
+    vision_config._attn_implementation = "eager"
+    with torch.device("meta"):
+        return Qwen3VLMoeVisionModel(vision_config)
+
+
+def finish_vision(module: torch.nn.Module) -> None:
+    """Compute the inverse frequencies, which the meta device left empty and no checkpoint holds."""
+    module.rotary_pos_emb = type(module.rotary_pos_emb)(module.config)
+
+
+def vision_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of the vision tower's tensors."""
+    return {f"vision.{name}": tuple(tensor.shape) for name, tensor in build_vision(config).state_dict().items()}

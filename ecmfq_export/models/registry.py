@@ -1,0 +1,90 @@
+"""Which families are supported, and the one way to read a ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecmfq_export.errors import CheckpointError, UnsupportedError
+from ecmfq_export.models import qwen3_vl_moe
+from ecmfq_export.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the package needs to know of a family; everything else is in the spec it reads.
+
+    Attributes:
+        name: of the family, as in ``ModelSpec.family``.
+        model_type: of ``config.json``.
+        read_spec: config.json's content to a spec; refuses every field it does not understand.
+        disk_name: canonical tensor name to the name on disk.
+        vision_shapes: config.json's content to the vision tower's canonical tensor names and shapes.
+        build_vision: config.json's content to transformers' own vision tower, without weights, on the meta device.
+        finish_vision: puts the buffers that no checkpoint holds into a tower whose parameters are loaded.
+    """
+
+    name: str
+    model_type: str
+    read_spec: Callable[[dict[str, Any]], ModelSpec]
+    disk_name: Callable[[str], str]
+    vision_shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]
+    build_vision: Callable[[dict[str, Any]], torch.nn.Module]
+    finish_vision: Callable[[torch.nn.Module], None]
+
+
+SUPPORTED: Mapping[str, Family] = {
+    "qwen3_vl_moe": Family(
+        name="qwen3_vl_moe",
+        model_type="qwen3_vl_moe",
+        read_spec=qwen3_vl_moe.read_spec,
+        disk_name=qwen3_vl_moe.disk_name,
+        vision_shapes=qwen3_vl_moe.vision_shapes,
+        build_vision=qwen3_vl_moe.build_vision,
+        finish_vision=qwen3_vl_moe.finish_vision,
+    ),
+}
+"""Families by ``model_type``."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of the directory `path`, as plain data; no code of the checkpoint is run.
+
+    Raises:
+        CheckpointError: missing, not JSON, or no JSON object.
+    """
+    file = Path(path) / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} has no {CONFIG_FILE}", "give the directory of a Hugging Face checkpoint"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", "download it again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, no object", "download it again")
+    return config
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.
+
+    Raises:
+        UnsupportedError: its ``model_type`` is missing or not supported.
+    """
+    model_type = config.get("model_type")
+    family = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedError(
+            f"model_type {model_type!r} is not supported", f"supported: {', '.join(sorted(SUPPORTED))}"
+        )
+    return family

@@ -1,0 +1,242 @@
+"""The PyTorch reference of a decoder, driven by its spec, one layer in memory at a time.
+
+A floating-point checkpoint gives transformers' own numbers; a quantized one gives the integer arithmetic that the plugin
+and the graphs are held to (``EcmfqRoutedMoE`` for experts, dynamic per-token int8 for dense linears).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from ecmfq_export.models import torch_math
+from ecmfq_export.models.inputs import DecoderInputs
+from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
+from ecmfq_export.models.spec import DecoderLayerSpec, MoESpec
+from ecmfq_export.models.torch_math import Dispatch, Routing, quantized_linear
+from ecmfq_export.quant.activation import quantize_per_token
+from ecmfq_export.quant.qtensor import QTensor
+
+
+@dataclass
+class LayerCache:
+    """Keys (rotated) and values of one layer, [B, kv_heads, S_kv, head_dim]; grows by what each call appends."""
+
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new positions along S_kv and return all of them."""
+        if self.key is not None and self.value is not None:
+            key, value = torch.cat((self.key, key), dim=2), torch.cat((self.value, value), dim=2)
+        self.key, self.value = key, value
+        return key, value
+
+
+@dataclass
+class DecoderLayer:
+    """One decoder layer with its weights.
+
+    Attributes:
+        spec: what it is made of.
+        eps: of its RMS norms.
+        tensors: floating tensors by canonical suffix (``"input_layernorm.weight"``), in the computing dtype.
+        quantized: quantized weights by canonical suffix; a weight is in exactly one of the two.
+    """
+
+    spec: DecoderLayerSpec
+    eps: float
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    quantized: dict[str, QTensor] = field(default_factory=dict)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        """The layer's output [B, S, hidden]; arguments as :meth:`attend`. DeepStack features are added by the caller."""
+        out, _ = self.attend(self.attention_input(hidden), cos, sin, mask, cache)
+        hidden = hidden + out
+        return hidden + self.mlp(self.moe_input(hidden))
+
+    __call__ = forward
+
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What q, k and v projections read: the input norm's output [B, S, hidden]."""
+        return torch_math.rms_norm(hidden, self.tensors["input_layernorm.weight"], self.eps)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        cache: LayerCache | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on normed x [B, S, hidden].
+
+        Args:
+            cos, sin: [B, S, head_dim].
+            mask: additive [B, 1, S, S_kv].
+            cache: earlier positions; new ones are appended to it.
+            need_weights: also return the probabilities.
+
+        Returns:
+            out [B, S, hidden], to be added to the residual stream; probabilities [B, heads, S, S_kv] or None.
+        """
+        context, probs = self.attention_context(x, cos, sin, mask, cache)
+        return self.linear(context, "self_attn.o_proj"), probs if need_weights else None
+
+    def attention_context(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the output projection reads, [B, S, heads * head_dim], and the probabilities; arguments as :meth:`attend`."""
+        spec = self.spec.attention
+        query, key, value = (self._heads(self.linear(x, f"self_attn.{name}_proj")) for name in "qkv")
+        if spec.qk_norm:
+            query = torch_math.rms_norm(query, self.tensors["self_attn.q_norm.weight"], self.eps)
+            key = torch_math.rms_norm(key, self.tensors["self_attn.k_norm.weight"], self.eps)
+        query, key = torch_math.rotate(query, cos, sin), torch_math.rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        return torch_math.attention(query, key, value, mask, spec)
+
+    def moe_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What router and experts (or the dense MLP) read: the second norm's output [B, S, hidden]."""
+        return torch_math.rms_norm(hidden, self.tensors["post_attention_layernorm.weight"], self.eps)
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """The routed or dense MLP on normed x [B, S, hidden], to be added to the residual stream."""
+        if isinstance(self.spec.mlp, MoESpec):
+            tokens = x.reshape(-1, x.shape[-1])
+            return self.experts(tokens, self.route(tokens)).view(x.shape)
+        inner = F.silu(self.linear(x, "mlp.gate_proj")) * self.linear(x, "mlp.up_proj")
+        return self.linear(inner, "mlp.down_proj")
+
+    def route(self, x: torch.Tensor) -> Routing:
+        """Routing of tokens x [T, hidden]."""
+        mlp = self._moe()
+        bias = self.tensors.get("mlp.router.selection_bias")
+        return torch_math.route(x, self.tensors["mlp.router.weight"], mlp.router, mlp.top_k, bias)
+
+    def experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The routed experts' weighted sum on tokens x [T, hidden] to [T, hidden].
+
+        Quantized weights compute what ENGINE.md says of ``EcmfqRoutedMoE``: x quantized once a token, the intermediate once a
+        row, integer products, slots summed in ascending order.
+        """
+        where = self.dispatch(routing)
+        return self.combine(self.expert_down(self.expert_intermediate(x, where), where), where, routing)
+
+    def dispatch(self, routing: Routing) -> Dispatch:
+        """The routed pairs sorted by expert."""
+        return torch_math.dispatch(routing.topk_ids, self._moe().num_experts)
+
+    def expert_intermediate(self, x: torch.Tensor, where: Dispatch) -> torch.Tensor:
+        """What down_proj reads: ``silu(gate) * up`` [T * top_k, intermediate], rows as in `where`, for tokens x [T, hidden]."""
+        name = "mlp.experts.gate_up_proj"
+        if name in self.quantized:
+            qx, scale = quantize_per_token(x)
+            gate_up = torch_math.quantized_grouped_linear(
+                qx[where.token], scale[where.token], self.quantized[name], where.offsets, where.expert
+            )
+        else:
+            gate_up = torch_math.grouped_linear(x[where.token], self.tensors[name], where.offsets)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def expert_down(self, inner: torch.Tensor, where: Dispatch) -> torch.Tensor:
+        """Each pair's expert output [T * top_k, hidden], rows as in `where`."""
+        name = "mlp.experts.down_proj"
+        if name in self.quantized:
+            qx, scale = quantize_per_token(inner)
+            return torch_math.quantized_grouped_linear(qx, scale, self.quantized[name], where.offsets, where.expert)
+        return torch_math.grouped_linear(inner, self.tensors[name], where.offsets)
+
+    def combine(self, rows: torch.Tensor, where: Dispatch, routing: Routing) -> torch.Tensor:
+        """The tokens' weighted sums [T, hidden] of expert outputs `rows`."""
+        return torch_math.combine(rows, where, routing.topk_weights)
+
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The dense projection of canonical suffix `name` (without ``.weight``), floating or quantized."""
+        bias = self.tensors.get(f"{name}.bias")
+        weight = self.quantized.get(f"{name}.weight")
+        if weight is not None:
+            return quantized_linear(x, weight, bias).to(x.dtype)
+        return F.linear(x, self.tensors[f"{name}.weight"], bias)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.spec.attention.head_dim)).transpose(1, 2)
+
+    def _moe(self) -> MoESpec:
+        if not isinstance(self.spec.mlp, MoESpec):
+            raise ValueError(f"layer {self.spec.index} is dense")
+        return self.spec.mlp
+
+
+def load_layer(model: MoEVLM, index: int, dtype: torch.dtype = torch.float32) -> DecoderLayer:
+    """Decoder layer `index`, floating tensors in `dtype`, quantized weights as they are.
+
+    Raises:
+        CheckpointError: a damaged tensor.
+    """
+    spec = model.spec.layers[index]
+    layer = DecoderLayer(spec, model.spec.rms_norm_eps)
+    for suffix in layer_shapes(model.spec, spec):
+        name = f"layers.{index}.{suffix}"
+        if model.recipe(name) == "float":
+            layer.tensors[suffix] = model.tensor(name).to(dtype)
+        else:
+            layer.quantized[suffix] = model.qtensor(name)
+    return layer
+
+
+def decoder_logits(model: MoEVLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Final norm and output projection: the last layer's [B, S, hidden] to float32 logits [B, S, vocab]."""
+    normed = torch_math.rms_norm(hidden, model.tensor("norm.weight").to(hidden.dtype), model.spec.rms_norm_eps)
+    name = "embed_tokens.weight" if model.spec.tie_word_embeddings else "lm_head.weight"
+    if model.recipe(name) != "float":
+        return quantized_linear(normed, model.qtensor(name))
+    return F.linear(normed, model.tensor(name).to(hidden.dtype)).float()
+
+
+def run_decoder(
+    model: MoEVLM,
+    inputs: DecoderInputs,
+    layers: Iterable[DecoderLayer] | None = None,
+    on_layer: Callable[[int, torch.Tensor], None] | None = None,
+    caches: list[LayerCache] | None = None,
+) -> torch.Tensor:
+    """Float32 logits [B, S, vocab] of a prepared batch.
+
+    Args:
+        layers: loaded layers in order, e.g. to run several batches without reading them again; by default each is read from
+            disk and dropped after use.
+        on_layer: called with the layer's index and its output [B, S, hidden], DeepStack features included.
+        caches: one for each layer, to continue a sequence; ``inputs.mask`` then spans the cached positions too.
+    """
+    loaded = (load_layer(model, i, inputs.inputs_embeds.dtype) for i in range(model.spec.num_layers))
+    hidden = inputs.inputs_embeds
+    for index, layer in enumerate(loaded if layers is None else layers):
+        cache = None if caches is None else caches[index]
+        hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, cache)
+        if index < len(inputs.deepstack):
+            hidden = hidden + inputs.deepstack[index]
+        if on_layer is not None:
+            on_layer(index, hidden)
+    return decoder_logits(model, hidden)
+
+
+__all__ = ["DecoderLayer", "LayerCache", "Routing", "decoder_logits", "load_layer", "quantized_linear", "run_decoder"]

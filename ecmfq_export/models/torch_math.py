@@ -1,0 +1,195 @@
+"""The arithmetic of a decoder layer on plain tensors: norms, rotary embedding, attention, routing, routed experts.
+
+Everything takes gradients where its inputs do, and nothing loops over experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ecmfq_export.errors import UnsupportedError
+from ecmfq_export.models.spec import GqaSpec, RouterSpec
+from ecmfq_export.quant.activation import quantize_per_token
+from ecmfq_export.quant.qtensor import QTensor, grid_limit
+
+_EXACT = (1 << 24) - 1
+"""Integers up to here, and so sums that stay below it, are exact in float32 whatever the order of summation."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where T tokens go.
+
+    Attributes:
+        logits: [T, num_experts].
+        scores: float32 [T, num_experts], ``scoring(logits)``.
+        topk_ids: int64 [T, top_k], by descending score (plus selection bias).
+        topk_weights: float32 [T, top_k], what each expert's output is multiplied by.
+    """
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Routed (token, slot) pairs sorted by expert; a row is one pair, T · top_k of them.
+
+    Attributes:
+        token: int64 [rows], the token of each row.
+        slot: int64 [rows], its slot in ``topk_ids``.
+        expert: int64 [rows], ascending; equal experts keep token order.
+        offsets: int64 [num_experts + 1]; expert ``e`` owns rows ``offsets[e]`` to ``offsets[e + 1]``.
+        inverse: int64 [rows], the row of pair ``token * top_k + slot``.
+    """
+
+    token: torch.Tensor
+    slot: torch.Tensor
+    expert: torch.Tensor
+    offsets: torch.Tensor
+    inverse: torch.Tensor
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last axis, computed in float32, as transformers orders it: scaled, cast back, times weight."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in the rotate-half form: x [B, heads, S, head_dim], cos and sin [B, S, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, spec: GqaSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of [B, heads, S, head_dim] over [B, kv_heads, S_kv, head_dim].
+
+    Args:
+        mask: additive [B, 1, S, S_kv].
+
+    Returns:
+        context [B, S, heads * head_dim] and probabilities [B, heads, S, S_kv].
+    """
+    batch, heads, length, head_dim = query.shape
+    # Query heads of one key/value head become rows of one product, so that keys and values are not repeated in memory.
+    grouped = query.reshape(batch, spec.num_kv_heads, -1, head_dim)
+    logits = torch.matmul(grouped, key.transpose(2, 3)) * head_dim**-0.5
+    logits = logits.view(batch, heads, length, -1) + mask
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    context = torch.matmul(probs.view(*grouped.shape[:-1], -1), value).view(batch, heads, length, head_dim)
+    return context.transpose(1, 2).reshape(batch, length, -1), probs
+
+
+def route(
+    x: torch.Tensor, weight: torch.Tensor, spec: RouterSpec, top_k: int, selection_bias: torch.Tensor | None = None
+) -> Routing:
+    """Route tokens x [T, hidden] by router weight [num_experts, hidden].
+
+    Raises:
+        UnsupportedError: group-limited selection.
+    """
+    if spec.num_groups != 1:
+        raise UnsupportedError(f"group-limited routing (num_groups = {spec.num_groups}) is not supported")
+    logits = F.linear(x, weight)
+    wide = logits.float()
+    scores = torch.softmax(wide, dim=-1) if spec.scoring == "softmax" else torch.sigmoid(wide)
+    choice = scores if selection_bias is None else scores + selection_bias.float()
+    topk_ids = torch.topk(choice, top_k, dim=-1).indices
+    topk_weights = scores.gather(-1, topk_ids)
+    if spec.renormalize:
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+    return Routing(logits, scores, topk_ids, topk_weights * spec.scaling if spec.scaling != 1.0 else topk_weights)
+
+
+def dispatch(topk_ids: torch.Tensor, num_experts: int) -> Dispatch:
+    """Sort the pairs of topk_ids [T, top_k] by expert."""
+    flat = topk_ids.reshape(-1)
+    expert, order = torch.sort(flat, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel())
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int64)
+    offsets[1:] = torch.bincount(flat, minlength=num_experts).cumsum(0)
+    return Dispatch(order // topk_ids.shape[1], order % topk_ids.shape[1], expert, offsets, inverse)
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """``x[rows of e] @ weight[e].T`` for every expert: x [rows, K] sorted by expert, weight [E, N, K] to [rows, N]."""
+    if not x.shape[0]:
+        return x.new_zeros(0, weight.shape[1])
+    if x.dtype == torch.float64:  # not among grouped_mm's types
+        return _padded_linear(x, weight, offsets)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:].int())
+
+
+def _padded_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    counts = offsets.diff()
+    expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    place = torch.arange(x.shape[0]) - offsets[:-1][expert]
+    padded = x.new_zeros(len(counts), int(counts.max()), x.shape[1]).index_put((expert, place), x)
+    return torch.bmm(padded, weight.transpose(1, 2))[expert, place]
+
+
+def combine(rows: torch.Tensor, where: Dispatch, topk_weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of the experts' outputs, rows [T * top_k, hidden] to [T, hidden], in ascending slot order."""
+    tokens, top_k = topk_weights.shape
+    slots = rows[where.inverse].view(tokens, top_k, -1)
+    weights = topk_weights.to(rows.dtype)
+    total = slots[:, 0] * weights[:, 0, None]
+    for slot in range(1, top_k):
+        total = total + slots[:, slot] * weights[:, slot, None]
+    return total
+
+
+def quantized_linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Dynamic per-token int8 activations times an integer weight: ``(acc * act_scale) * weight_scale``, float32.
+
+    Args:
+        x: floating [..., K].
+        weight: of shape [N, K].
+        bias: [N], added last.
+    """
+    qx, act_scale = quantize_per_token(x)
+    acc = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.int64)
+    for part in _exact_columns(weight):
+        block = weight.integer()[:, part].float()
+        acc += torch.matmul(qx[..., part].float(), block.t()).long()
+    out = acc.float() * act_scale * weight.scale
+    return out if bias is None else out + bias.float()
+
+
+def quantized_grouped_linear(
+    qx: torch.Tensor, act_scale: torch.Tensor, weight: QTensor, offsets: torch.Tensor, expert: torch.Tensor
+) -> torch.Tensor:
+    """:func:`quantized_linear` for rows sorted by expert, which are quantized already.
+
+    Args:
+        qx: int8 [rows, K]; act_scale: float32 [rows, 1].
+        weight: [E, N, K].
+        offsets, expert: of the :class:`Dispatch`.
+
+    Returns:
+        float32 [rows, N].
+    """
+    parts = _exact_columns(weight)
+    integers = weight.integer()
+    acc = sum(grouped_linear(qx[:, p].float(), integers[:, :, p].float(), offsets).long() for p in parts)
+    return acc.float() * act_scale * weight.scale[expert]
+
+
+def _exact_columns(weight: QTensor) -> list[slice]:
+    """Column slices whose integer products stay exact in a float32 matrix product: 127 · largest weight · K < 2^24."""
+    largest = grid_limit(weight.num_bits)
+    if weight.group_multiplier is not None and weight.group_multiplier.numel():
+        largest *= int(weight.group_multiplier.max())
+    step = max(1, _EXACT // (127 * largest))
+    columns = weight.shape[-1]
+    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
