@@ -83,13 +83,24 @@ def top1_agreement(reference_logits: np.ndarray, logits: np.ndarray) -> np.ndarr
     return reference_logits.argmax(axis=-1) == logits.argmax(axis=-1)
 
 
+DECISIVE_MARGIN = 0.1
+"""Nats by which a reference must prefer its first token to its second for a disagreement to mean more than rounding."""
+
+
+def decisive(reference_logits: np.ndarray) -> np.ndarray:
+    """Where the largest logit leads the second by :data:`DECISIVE_MARGIN` or more: [...] bool of [..., vocab]."""
+    second, first = np.moveaxis(np.partition(reference_logits.astype(np.float64), -2, axis=-1)[..., -2:], -1, 0)
+    return first - second >= DECISIVE_MARGIN
+
+
 @dataclass
 class LogitComparison:
-    """KL and top-1 agreement of two models' logits, row by row over everything seen; memory is two numbers a row."""
+    """KL and top-1 agreement of two models' logits, row by row over everything seen; memory is three numbers a row."""
 
     name: str
     kl: list[np.ndarray] = field(default_factory=list, repr=False)
     agree: list[np.ndarray] = field(default_factory=list, repr=False)
+    decisive: list[np.ndarray] = field(default_factory=list, repr=False)
 
     def add(self, reference_logits: np.ndarray, logits: np.ndarray) -> None:
         """Take in two [rows, vocab].
@@ -105,6 +116,7 @@ class LogitComparison:
                 )
         self.kl.append(kl_divergence(reference_logits, logits))
         self.agree.append(top1_agreement(reference_logits, logits))
+        self.decisive.append(decisive(reference_logits))
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """KL [rows] float64 and agreement [rows] bool so far."""
@@ -113,10 +125,12 @@ class LogitComparison:
         return np.concatenate(self.kl), np.concatenate(self.agree)
 
     def as_dict(self) -> dict[str, float | int]:
-        """mean, median, 95th percentile and largest KL (nats), top-1 agreement (0 to 1), and the number of rows."""
+        """mean, median, 95th percentile and largest KL (nats), top-1 agreement (0 to 1) over all rows and over the decisive
+        ones (1 where there are none), and how many rows of each kind there are."""
         kl, agree = self.values()
         if not len(kl):
             raise ValueError(f"{self.name}: nothing was compared")
+        sure = np.concatenate(self.decisive)
         return {
             "kl_mean": float(kl.mean()),
             "kl_median": float(np.median(kl)),
@@ -125,4 +139,7 @@ class LogitComparison:
             "top1_agreement": float(agree.mean()),
             "top1_disagreements": int((~agree).sum()),
             "positions": len(kl),
+            "top1_decisive": float(agree[sure].mean()) if sure.any() else 1.0,
+            "decisive_disagreements": int((~agree[sure]).sum()),
+            "decisive_positions": int(sure.sum()),
         }

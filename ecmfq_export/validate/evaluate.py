@@ -31,10 +31,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Caption:
-    """An image and the text that describes it and no other image of the file."""
+    """An image, the text that describes it and no other image of the file, and near-duplicate texts that are false."""
 
     image: Path
     text: str
+    distractors: tuple[str, ...] = ()
 
 
 def load_questions(path: Path, limit: int = 0) -> list[Question]:
@@ -65,13 +66,16 @@ def load_questions(path: Path, limit: int = 0) -> list[Question]:
 
 
 def load_captions(path: Path, limit: int = 0) -> list[Caption]:
-    """Read ``{"image": ..., "text": ...}`` lines; see :func:`load_questions`."""
+    """Read ``{"image": ..., "text": ..., "distractors": [...]}`` lines, distractors optional; see :func:`load_questions`."""
     rows = []
     for number, item in _json_lines(path):
         text, image = item.get("text"), _image(path, number, item.get("image"))
         if not isinstance(text, str) or image is None:
             raise UserError(f"{path}:{number} lacks an image or a text", 'a line is {"image": "a.png", "text": "..."}')
-        rows.append(Caption(image, text))
+        distractors = item.get("distractors", [])
+        if not isinstance(distractors, list) or not all(isinstance(d, str) for d in distractors):
+            raise UserError(f"{path}:{number}: distractors are not a list of texts")
+        rows.append(Caption(image, text, tuple(distractors)))
     return _spread(rows, limit)
 
 
@@ -192,3 +196,14 @@ def recalls(scores: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, flo
     out = {f"{way}_r@{k}": float((rank <= k).mean()) for way, rank in ranks.items() for k in ks if k < len(scores)}
     out["mean"] = float(np.mean(list(out.values()))) if out else float("nan")
     return out
+
+
+def near_duplicate_choice(own: np.ndarray, distractors: Sequence[np.ndarray]) -> float:
+    """Fraction of images whose own text scores above every one of their distractors; images without any are left out.
+
+    Args:
+        own: [images] scores of the true texts.
+        distractors: for each image the scores of its false texts.
+    """
+    wins = [bool((score > others).all()) for score, others in zip(own, distractors, strict=True) if len(others)]
+    return float(np.mean(wins)) if wins else float("nan")

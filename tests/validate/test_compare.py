@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.validate.compare import Difference, LogitComparison, kl_divergence, log_softmax, top1_agreement
+from ecmfq_export.validate.compare import (
+    Difference,
+    LogitComparison,
+    decisive,
+    kl_divergence,
+    log_softmax,
+    top1_agreement,
+)
 
 
 def test_sqnr_and_cosine_by_hand():
@@ -72,11 +79,19 @@ def test_logit_comparison_summary():
     comparison = LogitComparison("float vs quantized")
     a = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
     comparison.add(a, a)
-    comparison.add(a[:1] + [0, 0.1], a[:1])
+    comparison.add(a[:1] + [0, 0.11], a[:1])
     summary = comparison.as_dict()
     assert summary["positions"] == 3 and summary["top1_disagreements"] == 1
     assert summary["top1_agreement"] == pytest.approx(2 / 3)
     assert summary["kl_median"] == 0.0 and summary["kl_max"] > 0
+    # Rows by margin: 0, log 9 and 0.11 nats; the last two are decisive and the last one flips.
+    assert summary["decisive_positions"] == 2 and summary["decisive_disagreements"] == 1
+    assert summary["top1_decisive"] == 0.5
+
+
+def test_decisive_positions():
+    logits = np.array([[3.0, 2.95, 1.0], [3.0, 2.0, 2.0], [1.0, 1.0, 0.0]], np.float32)
+    assert decisive(logits).tolist() == [False, True, False]
 
 
 def test_nan_logits_are_an_error_that_names_the_comparison():

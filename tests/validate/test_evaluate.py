@@ -14,6 +14,7 @@ from ecmfq_export.validate.evaluate import (
     exact_match,
     load_captions,
     load_questions,
+    near_duplicate_choice,
     paired_bootstrap,
     recalls,
     wilson_interval,
@@ -79,6 +80,11 @@ def test_ties_count_against_the_true_pair():
                       "text_to_image_r@3": 0.0, "mean": 0.0}  # fmt: skip
 
 
+def test_near_duplicate_choice():
+    assert near_duplicate_choice(np.array([2.0, 1.0, 9.0]), [np.array([1.0, 0.0]), np.array([1.0]), np.array([])]) == 0.5
+    assert np.isnan(near_duplicate_choice(np.array([1.0]), [np.array([])]))
+
+
 def _write(path, rows):
     path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
     return path
@@ -126,5 +132,9 @@ def test_unreadable_item_files(tmp_path):
 def test_load_captions(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert load_captions(_write(tmp_path / "c.jsonl", [{"image": "a.png", "text": "x"}]))[0].text == "x"
+    row = {"image": "a.png", "text": "x", "distractors": ["y", "z"]}
+    assert load_captions(_write(tmp_path / "c.jsonl", [row]))[0].distractors == ("y", "z")
+    with pytest.raises(UserError, match="not a list of texts"):
+        load_captions(_write(tmp_path / "c.jsonl", [{**row, "distractors": "y"}]))
     with pytest.raises(UserError, match="lacks an image"):
         load_captions(_write(tmp_path / "d.jsonl", [{"text": "x"}]))
