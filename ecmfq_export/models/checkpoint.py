@@ -63,9 +63,7 @@ class Checkpoint:
         """
         path = Path(path)
         if not path.is_dir():
-            raise CheckpointError(
-                f"{path} is not a directory", "give the directory that holds config.json and *.safetensors"
-            )
+            raise CheckpointError(f"{path} is not a directory", "give the directory that holds config.json and *.safetensors")
         index = path / INDEX_FILE
         if index.is_file():
             return cls(path, _read_sharded(path, index))
@@ -172,9 +170,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                     f"{file} is truncated: {size} bytes, its header alone takes {8 + length}", "download the file again"
                 )
             if length > _MAX_HEADER:
-                raise CheckpointError(
-                    f"{file} is no safetensors file: header length {length}", "download the file again"
-                )
+                raise CheckpointError(f"{file} is no safetensors file: header length {length}", "download the file again")
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -243,21 +239,14 @@ def _read_sharded(path: Path, index: Path) -> dict[str, TensorEntry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map", "download the index again")
     for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or shard != Path(shard).name
-            or "\\" in shard
-            or not shard.endswith(".safetensors")
-        ):
+        if not isinstance(shard, str) or shard != Path(shard).name or "\\" in shard or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index}: '{name}' is said to lie in {shard!r}", "shards are .safetensors files beside the index"
             )
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (path / shard).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(shards)} shards: {preview(missing)}", "finish the download"
-        )
+        raise CheckpointError(f"{path} lacks {len(missing)} of {len(shards)} shards: {preview(missing)}", "finish the download")
     if SINGLE_FILE not in shards and (path / SINGLE_FILE).is_file():
         raise CheckpointError(
             f"{path} holds {SINGLE_FILE} and {INDEX_FILE}, which does not name it", "remove the one that is not meant"

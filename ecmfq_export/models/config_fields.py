@@ -44,9 +44,7 @@ class ConfigFields:
             return getattr(self._defaults, name, None)
         values = [self._given[spelling] for spelling in present]
         if any(value != values[0] for value in values):
-            raise UnsupportedError(
-                f"config.json: {self.label(present[0])} = {values[0]!r} but {present[1]} = {values[1]!r}"
-            )
+            raise UnsupportedError(f"config.json: {self.label(present[0])} = {values[0]!r} but {present[1]} = {values[1]!r}")
         return values[0]
 
     def whole(self, name: str, minimum: int = 1) -> int:
@@ -57,9 +55,7 @@ class ConfigFields:
         """
         value = self.take(name)
         if type(value) is not int or value < minimum:
-            raise CheckpointError(
-                f"config.json: {self.label(name)} = {value!r}", f"expected an integer of at least {minimum}"
-            )
+            raise CheckpointError(f"config.json: {self.label(name)} = {value!r}", f"expected an integer of at least {minimum}")
         return value
 
     def number(self, name: str) -> float:

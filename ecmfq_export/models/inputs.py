@@ -75,9 +75,7 @@ def prepare_inputs(
         ids[row, : lengths[row]] = sample.input_ids
         types[row, : lengths[row]] = host_inputs.token_types(sample.input_ids, spec.image_token_id)
     if ids.min() < 0 or ids.max() >= spec.vocab_size:
-        raise UserError(
-            f"token id {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of {spec.vocab_size}"
-        )
+        raise UserError(f"token id {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of {spec.vocab_size}")
     if (ids == spec.video_token_id).any():
         raise UserError("video input is not supported", "give images")
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]

@@ -153,11 +153,7 @@ class MoEVLM:
     def vision_module(self) -> torch.nn.Module:
         """transformers' own vision tower with its weights, float32, in eval mode."""
         module = self.family.build_vision(self.config)
-        state = {
-            name.removeprefix("vision."): self.tensor(name).float()
-            for name in self._shapes
-            if name.startswith("vision.")
-        }
+        state = {name.removeprefix("vision."): self.tensor(name).float() for name in self._shapes if name.startswith("vision.")}
         module.load_state_dict(state, assign=True)
         self.family.finish_vision(module)
         return module.requires_grad_(False).eval()

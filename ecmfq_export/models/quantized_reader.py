@@ -6,6 +6,8 @@ On disk a linear module ``M`` of N outputs and K inputs is, in compressed-tensor
   ``M.weight_scale`` [N, 1]; ``M.weight_shape`` int64 [2].
 - ``int-quantized`` (int8): ``M.weight`` int8 [N, K]; ``M.weight_scale`` [N, 1].
 
+With groups of 128 columns ``weight_scale`` is float32 [N, K / 128], see group_scales.py.
+
 Experts lie one by one, ``...mlp.experts.{e}.{gate,up,down}_proj``, as vLLM and llm-compressor name them.
 """
 
@@ -20,8 +22,9 @@ import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.checkpoint import Checkpoint
+from ecmfq_export.models.group_scales import split_scales
 from ecmfq_export.quant.pack import unpack_int4
-from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.qtensor import GROUP, QTensor, group_count
 
 PACKED, INT8 = "pack-quantized", "int-quantized"
 EXPERT_PARTS: Mapping[str, tuple[str, ...]] = {
@@ -35,9 +38,10 @@ _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is stored and used: int4 packed (``w4a8``) or int8 (``w8a8``), per output channel."""
+    """How one weight is stored and used: int4 packed (``w4a8``) or int8 (``w8a8``); group_size -1 (per channel) or 128."""
 
     num_bits: Literal[4, 8]
+    group_size: int = -1
 
     @property
     def recipe(self) -> Literal["w4a8", "w8a8"]:
@@ -69,11 +73,7 @@ class QuantizedSource:
 
     def disk_names(self) -> list[str]:
         """Every tensor on disk that belongs to it."""
-        parts = (
-            ("weight_packed", "weight_scale", "weight_shape")
-            if self.scheme.num_bits == 4
-            else ("weight", "weight_scale")
-        )
+        parts = ("weight_packed", "weight_scale", "weight_shape") if self.scheme.num_bits == 4 else ("weight", "weight_scale")
         return [f"{module}.{part}" for modules in self.modules for module in modules for part in parts]
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -83,14 +83,16 @@ class QuantizedSource:
             CheckpointError: one is not what config.json implies.
         """
         rows, columns = self.shape[-2] // len(self.modules[0]), self.shape[-1]
+        groups = 1 if self.scheme.group_size == -1 else group_count(columns, self.scheme.group_size)
+        scale = ((rows, groups), _SCALE_DTYPES)
         if self.scheme.num_bits == 4:
             expected = {
                 "weight_packed": ((rows, -(-columns // 8)), (torch.int32,)),
-                "weight_scale": ((rows, 1), _SCALE_DTYPES),
+                "weight_scale": scale,
                 "weight_shape": ((2,), (torch.int64, torch.int32)),
             }
         else:
-            expected = {"weight": ((rows, columns), (torch.int8,)), "weight_scale": ((rows, 1), _SCALE_DTYPES)}
+            expected = {"weight": ((rows, columns), (torch.int8,)), "weight_scale": scale}
         for module in (module for modules in self.modules for module in modules):
             for part, (shape, dtypes) in expected.items():
                 entry = checkpoint.entry(f"{module}.{part}")
@@ -109,22 +111,28 @@ class QuantizedSource:
         stacked = len(self.shape) == 3
         modules = self.modules[start:stop] if stacked else self.modules
         flat = [module for parts in modules for module in parts]
-        name = flat[0] if flat else "no expert"
         qvalue = torch.stack([self._integers(checkpoint, module) for module in flat])
-        scale = torch.stack([checkpoint.load(f"{module}.weight_scale") for module in flat]).squeeze(-1).float()
-        shape = (len(modules), *self.shape[-2:])
-        qvalue, scale = qvalue.view(shape), scale.view(shape[:-1])
+        scale, multiplier = self._scales(checkpoint, flat)
+        shape = (len(modules), *self.shape[-2:]) if stacked else self.shape
+        if multiplier is not None:
+            multiplier = multiplier.view(*shape[:-1], -1)
         try:
-            weight = (
-                QTensor(qvalue, scale, self.scheme.num_bits)
-                if stacked
-                else QTensor(qvalue[0], scale[0], self.scheme.num_bits)
+            weight = QTensor(
+                qvalue.view(shape), scale.view(shape[:-1]), self.scheme.num_bits, self.scheme.group_size, multiplier
             )
         except UserError as error:
             raise CheckpointError(
-                f"'{name}': {error.what}", "the checkpoint was damaged, or quantized asymmetrically"
+                f"'{flat[0]}': {error.what}", "the checkpoint was damaged, or was not quantized symmetrically"
             ) from None
         return weight if stacked or start is None else weight.rows(start, self.shape[0] if stop is None else stop)
+
+    def _scales(self, checkpoint: Checkpoint, modules: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        names = [f"{module}.weight_scale" for module in modules]
+        stored = [checkpoint.load(name) for name in names]
+        if self.scheme.group_size == -1:
+            return torch.stack(stored).float(), None
+        parts = [split_scales(scale.float(), name) for name, scale in zip(names, stored, strict=True)]
+        return torch.stack([scale for scale, _ in parts]), torch.stack([multiplier for _, multiplier in parts])
 
     def _integers(self, checkpoint: Checkpoint, module: str) -> torch.Tensor:
         if self.scheme.num_bits == 8:
@@ -165,7 +173,7 @@ def read_quantization(
         disk_name: canonical to disk name.
 
     Raises:
-        UnsupportedError: another method or format, or a scheme other than symmetric int4 or int8 per channel with dynamic
+        UnsupportedError: another method or format, or a scheme other than symmetric int4 or int8 with dynamic
             per-token int8 activations, or one that covers weights which stay in floating point here.
     """
     quantization = config.get("quantization_config")
@@ -192,9 +200,7 @@ def read_quantization(
     return QuantizationInfo(sources)
 
 
-def quantizable_modules(
-    name: str, shape: tuple[int, ...], disk_name: Callable[[str], str]
-) -> tuple[tuple[str, ...], ...]:
+def quantizable_modules(name: str, shape: tuple[int, ...], disk_name: Callable[[str], str]) -> tuple[tuple[str, ...], ...]:
     """Disk names of the linear modules behind a canonical tensor, expert by expert; empty where it is no linear weight."""
     for suffix, parts in EXPERT_PARTS.items():
         if name.endswith(suffix):
@@ -214,14 +220,10 @@ def _groups(quantization: Any) -> tuple[list[tuple[list[str], Scheme]], list[str
             "give the floating-point checkpoint, or one quantized by ecmfq-export (compressed-tensors)",
         )
     if quantization.get("quantization_status", "compressed") != "compressed":
-        raise UnsupportedError(
-            f"quantization_status {quantization.get('quantization_status')!r}", "expected 'compressed'"
-        )
+        raise UnsupportedError(f"quantization_status {quantization.get('quantization_status')!r}", "expected 'compressed'")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if quantization.get(key):
-            raise UnsupportedError(
-                f"quantization_config.{key} is not supported", "quantize weights and activations alone"
-            )
+            raise UnsupportedError(f"quantization_config.{key} is not supported", "quantize weights and activations alone")
     groups, ignore = quantization.get("config_groups"), quantization.get("ignore") or []
     if not isinstance(groups, Mapping) or not groups or not isinstance(ignore, list):
         raise CheckpointError("quantization_config has no config_groups, or an ignore list that is none")
@@ -238,11 +240,13 @@ def _scheme(name: str, group: Any, default_format: Any) -> tuple[list[str], Sche
     bits = weights.get("num_bits")
     if bits not in (4, 8):
         raise UnsupportedError(f"{where}.weights.num_bits = {bits!r}", "supported: 4, 8")
-    scheme = Scheme(bits)
+    grouped = weights.get("strategy") == "group"
+    scheme = Scheme(bits, GROUP if grouped else -1)
     seen = {
         "weights.type": (weights.get("type", "int"), "int"),
         "weights.symmetric": (weights.get("symmetric", True), True),
-        "weights.strategy": (weights.get("strategy"), "channel"),
+        "weights.strategy": (weights.get("strategy"), "group" if grouped else "channel"),
+        "weights.group_size": (weights.get("group_size") or -1, scheme.group_size),
         "weights.dynamic": (weights.get("dynamic", False), False),
         "weights.actorder": (weights.get("actorder"), None),
         "input_activations.num_bits": (inputs.get("num_bits"), 8),

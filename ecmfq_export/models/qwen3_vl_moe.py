@@ -65,9 +65,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     """
     defaults = _transformers_config(config)
     top = ConfigFields("", config, defaults)
-    top.expect(
-        "architectures", ["Qwen3VLMoeForConditionalGeneration"], None, why="only the generating model is handled"
-    )
+    top.expect("architectures", ["Qwen3VLMoeForConditionalGeneration"], None, why="only the generating model is handled")
     text_given, vision_given = (_section(top.take(name), name) for name in ("text_config", "vision_config"))
     text = ConfigFields("text_config", text_given, defaults.text_config, {"num_experts": ("num_local_experts",)})
     hidden_size = text.whole("hidden_size")
@@ -90,9 +88,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     )
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         if getattr(spec, name) >= spec.vocab_size:
-            raise CheckpointError(
-                f"config.json: {name} = {getattr(spec, name)} is outside vocab_size = {spec.vocab_size}"
-            )
+            raise CheckpointError(f"config.json: {name} = {getattr(spec, name)} is outside vocab_size = {spec.vocab_size}")
     if len(vision.deepstack_layers) > len(layers):
         raise UnsupportedError(
             f"config.json: {len(vision.deepstack_layers)} DeepStack features for {len(layers)} decoder layers",
@@ -108,9 +104,7 @@ def _transformers_config(config: dict[str, Any]) -> Any:
     from transformers import Qwen3VLMoeConfig
 
     # A copy, since transformers edits what it is given. The quantization is ours to read.
-    given = {
-        key: value for key, value in copy.deepcopy(config).items() if key not in ("model_type", "quantization_config")
-    }
+    given = {key: value for key, value in copy.deepcopy(config).items() if key not in ("model_type", "quantization_config")}
     try:
         return Qwen3VLMoeConfig(**given)
     except Exception as error:  # validation of huggingface_hub raises several unrelated types
@@ -215,9 +209,7 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
     )
     vision.finish(_BOOKKEEPING)
     if spec.out_hidden_size != hidden_size:
-        raise CheckpointError(
-            f"config.json: vision out_hidden_size {spec.out_hidden_size}, text hidden_size {hidden_size}"
-        )
+        raise CheckpointError(f"config.json: vision out_hidden_size {spec.out_hidden_size}, text hidden_size {hidden_size}")
     if spec.hidden_size % (4 * spec.num_heads):
         raise CheckpointError(
             f"config.json: vision hidden_size {spec.hidden_size} over {spec.num_heads} heads",

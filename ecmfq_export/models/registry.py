@@ -65,9 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} has no {CONFIG_FILE}", "give the directory of a Hugging Face checkpoint"
-        ) from None
+        raise CheckpointError(f"{path} has no {CONFIG_FILE}", "give the directory of a Hugging Face checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}", "download it again") from None
     if not isinstance(config, dict):
@@ -84,7 +82,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     family = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnsupportedError(
-            f"model_type {model_type!r} is not supported", f"supported: {', '.join(sorted(SUPPORTED))}"
-        )
+        raise UnsupportedError(f"model_type {model_type!r} is not supported", f"supported: {', '.join(sorted(SUPPORTED))}")
     return family
