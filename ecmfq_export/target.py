@@ -18,7 +18,7 @@ from ecmfq_export.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 # An installed package carries a copy; in a source tree (also behind an editable install) the user's folder is beside it.
-_FOLDERS = (_PACKAGE / "_targets", _PACKAGE.parent / "targets")
+_FOLDERS = (_PACKAGE / "targets", _PACKAGE.parent / "targets")
 
 _CHOICES = {
     "platform": ("linux-x86_64", "linux-aarch64"),

@@ -20,9 +20,8 @@ public:
 
     const MoeConfig& config() const noexcept { return config_; }
 
-    // IPluginV3
-    InterfaceInfo getInterfaceInfo() const noexcept override { return IPluginV3::getInterfaceInfo(); }
-    APILanguage getAPILanguage() const noexcept override { return APILanguage::kCPP; }
+    // IPluginV3. getInterfaceInfo must stay as each base has it: one override here would answer for all four, and
+    // TensorRT refuses a core interface that calls itself "PLUGIN".
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override;
     IPluginV3* clone() noexcept override;
 

@@ -1,0 +1,1 @@
+"""Engines: building them, reading them back, running them; and what this machine has for that."""

@@ -1,0 +1,64 @@
+"""Run an ONNX graph in ONNX Runtime on the CPU: the oracle, and the way to try a bundle without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from ecmfq_export.engine.runner import check_feeds
+from ecmfq_export.errors import UserError
+
+_DTYPES = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8, "tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
+}
+
+
+class OrtRunner:
+    """A :class:`~ecmfq_export.engine.runner.Runner` over one ONNX file.
+
+    Args:
+        path: the graph; custom operators must have model-local functions (``model.ref.onnx``).
+        threads: CPU threads inside an operator; 0: one a physical core.
+        optimize: let ONNX Runtime fuse operators. Off, every operator is computed as written.
+
+    Raises:
+        UserError: no such file, or ONNX Runtime refuses the graph; with its message.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such ONNX file", "run 'ecmfq-export export' first")
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this file
+            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}",
+                            "an operator without an implementation: load model.ref.onnx, not model.onnx") from error
+        self._inputs = {value.name: (np.dtype(_DTYPES[value.type]), value.shape) for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    @property
+    def input_names(self) -> list[str]:
+        return list(self._inputs)
+
+    @property
+    def output_names(self) -> list[str]:
+        return self._outputs
+
+    @property
+    def inputs(self) -> dict[str, tuple[np.dtype, list[int | str | None]]]:
+        """Dtype and shape of every input; a free extent is its symbol's name or None."""
+        return dict(self._inputs)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        check_feeds(feeds, self._inputs)
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))

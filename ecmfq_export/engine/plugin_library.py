@@ -1,0 +1,140 @@
+"""The plugin library, ``libecmfq_plugin.so``: where it is, what it holds, and whether it is the one a bundle was made with."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import struct
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import ecmfq_export
+from ecmfq_export.errors import BuildError
+
+LIBRARY_NAME = "libecmfq_plugin.so"
+ABI_VERSION = 1  # ECMFQ_ABI_VERSION of plugins/capi/ecmfq.h
+_INSTALL = "pip install . (compiles it), or: cmake -S plugins -B build/plugins -G Ninja && cmake --build build/plugins"
+
+_ELF_PLATFORMS = {62: "linux-x86_64", 183: "linux-aarch64"}  # e_machine
+_FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
+
+
+@dataclass(frozen=True)
+class PluginLibrary:
+    """What a library file is.
+
+    Attributes:
+        path: the file.
+        sha256: of its bytes, hexadecimal.
+        bytes: its size.
+        platform: ``linux-x86_64`` or ``linux-aarch64``.
+        compute_capabilities: SM versions that it holds machine code for, ascending.
+    """
+
+    path: Path
+    sha256: str
+    bytes: int
+    platform: str
+    compute_capabilities: tuple[int, ...]
+
+
+def find_plugin_library() -> Path:
+    """The library of this installation: inside the package, or the newest one in a source tree's ``build`` folder.
+
+    Raises:
+        BuildError: there is none.
+    """
+    packages = [Path(folder) for folder in ecmfq_export.__path__]
+    # An editable install keeps Python files in the tree and compiled ones in site-packages.
+    packages += [Path(sysconfig.get_path(name)) / "ecmfq_export" for name in ("platlib", "purelib")]
+    for package in packages:
+        candidate = package / "_lib" / LIBRARY_NAME
+        if candidate.is_file():
+            return candidate
+    tree = packages[0].parent / "build"
+    built = [*tree.glob(f"*/{LIBRARY_NAME}"), *tree.glob(f"*/*/{LIBRARY_NAME}")]
+    if built:
+        return max(built, key=lambda path: path.stat().st_mtime)
+    raise BuildError(f"the plugin library {LIBRARY_NAME} is neither in {packages[0] / '_lib'} nor under {tree}", _INSTALL)
+
+
+def read_plugin_library(path: Path) -> PluginLibrary:
+    """Facts about a library, read from its bytes; nothing of it is run.
+
+    Raises:
+        BuildError: no such file, or not a shared object for a platform that is known.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BuildError(f"the plugin library cannot be read: {error}", _INSTALL) from error
+    machine = struct.unpack_from("<H", data, 18)[0] if len(data) >= 64 and data[:5] == b"\x7fELF\x02" else -1
+    if machine not in _ELF_PLATFORMS:
+        raise BuildError(f"{path} is not a 64-bit shared object for {' or '.join(_ELF_PLATFORMS.values())}", _INSTALL)
+    return PluginLibrary(path, hashlib.sha256(data).hexdigest(), len(data), _ELF_PLATFORMS[machine], _cubin_archs(data))
+
+
+def check_plugin_library(path: Path, sha256: str | None = None) -> PluginLibrary:
+    """A library that this process can load and that speaks this version's ABI.
+
+    Args:
+        path: the file.
+        sha256: what a bundle's manifest says of it; None: not checked.
+
+    Raises:
+        BuildError: missing, damaged, changed since the bundle was made, for another platform, or of another ABI version.
+    """
+    library = read_plugin_library(path)
+    if sha256 is not None and library.sha256 != sha256:
+        raise BuildError(f"{path}: sha256 is {library.sha256}, the manifest says {sha256}",
+                         "the file was changed after the bundle was made; build the engines again")
+    host = f"linux-{platform.machine()}"
+    if library.platform != host:
+        raise BuildError(f"{path} is for {library.platform}, this machine is {host}", "run 'pip install .' on this machine")
+    handle = load_plugin_library(path)
+    handle.ecmfq_abi_version.restype = ctypes.c_uint32
+    if handle.ecmfq_abi_version() != ABI_VERSION:
+        raise BuildError(f"{path} has ABI version {handle.ecmfq_abi_version()}, this version of ecmfq-export needs {ABI_VERSION}",
+                         _INSTALL)
+    return library
+
+
+def load_plugin_library(path: Path) -> ctypes.CDLL:
+    """dlopen it. It depends on the CUDA driver only when a kernel is launched, so this works without a GPU.
+
+    Raises:
+        BuildError: the loader's message.
+    """
+    try:
+        handle = ctypes.CDLL(str(path.resolve()))
+        handle.ecmfq_abi_version, handle.getCreators  # noqa: B018  (AttributeError where a symbol is missing)
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{path} cannot be loaded as a plugin library: {error}", _INSTALL) from error
+    return handle
+
+
+def _cubin_archs(data: bytes) -> tuple[int, ...]:
+    """SM versions of the machine code in every CUDA fat binary of an object.
+
+    A fat binary is magic, u16 version, u16 header size, u64 size of what follows; then entries of u16 kind (2: machine code),
+    u16 version, u32 header size, u64 payload size, ..., and the SM version as u32 at byte 28.
+    """
+    found: set[int] = set()
+    start = data.find(_FATBIN_MAGIC)
+    while start >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", data, start)
+        at, end = start + header, start + header + size
+        if end > len(data) or header < 16:
+            start = data.find(_FATBIN_MAGIC, start + 4)  # the same four bytes by chance
+            continue
+        while at + 32 <= end:
+            kind, _, entry_header, payload = struct.unpack_from("<HHIQ", data, at)
+            if entry_header < 32:
+                break
+            if kind == 2:
+                found.add(struct.unpack_from("<I", data, at + 28)[0])
+            at += entry_header + payload
+        start = data.find(_FATBIN_MAGIC, end)
+    return tuple(sorted(found))

@@ -1,0 +1,43 @@
+"""Read a full TensorRT engine back with TensorRT itself: possible only on the device that it was built on.
+
+Not run yet: no machine of this project had TensorRT with a GPU. TensorRT-RTX engines are read by
+:mod:`ecmfq_export.engine.engine_file` instead, without a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+from ecmfq_export.engine.device import current_device
+from ecmfq_export.engine.engine_file import PLUGIN_NAME, EngineInfo, PluginNode
+from ecmfq_export.engine.plugin_library import PluginLibrary
+from ecmfq_export.engine.trt_module import LogLines, make_logger
+from ecmfq_export.errors import BuildError
+
+
+def read_plan(module: ModuleType, log: LogLines, path: Path, library: PluginLibrary | None) -> EngineInfo:
+    """Deserialize an engine and list its plugin layers with TensorRT's inspector.
+
+    Raises:
+        BuildError: TensorRT refuses its own engine.
+    """
+    plan = path.read_bytes()
+    logger = make_logger(module, log)
+    runtime = module.Runtime(logger)
+    runtime.engine_host_code_allowed = True  # the embedded plugin library is ours
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BuildError(f"{path}: TensorRT cannot load the engine that it built: {'; '.join(log.errors)}")
+    layers = json.loads(engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))["Layers"]
+    plugins = [layer for layer in layers if isinstance(layer, dict) and "plugin" in str(layer.get("LayerType", "")).lower()]
+    nodes = tuple(PluginNode(str(layer["Name"]), PLUGIN_NAME, "1", "", {}) for layer in plugins if PLUGIN_NAME in json.dumps(layer))
+    device = current_device()
+    return EngineInfo(
+        path=path.name, bytes=len(plan), sha256=hashlib.sha256(plan).hexdigest(), runtime="tensorrt",
+        runtime_version=module.__version__, compute_capabilities=(device.compute_capability,) if device else (),
+        sections={}, io_names=tuple(engine.get_tensor_name(i) for i in range(engine.num_io_tensors)), plugin_nodes=nodes,
+        num_custom_layers=len(plugins), plugin_library_sha256=library.sha256 if library else "",
+    )
