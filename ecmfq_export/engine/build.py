@@ -120,7 +120,7 @@ def _check_machine(target: Target) -> None:
     device, wanted = current_device(), target.compute_capabilities[0]
     if device is None or device.compute_capability != wanted:
         found = "none was found" if device is None else f"{device.name} has {device.compute_capability}"
-        raise BuildError(f"target '{target.name}' is built on the device itself, with a GPU of compute capability {wanted}; {found}",
+        raise BuildError(f"target '{target.name}' is built on the device itself, a GPU of compute capability {wanted}; {found}",
                          f"copy the bundle to the device and run there: ecmfq-export build BUNDLE --target {target.name}")
 
 

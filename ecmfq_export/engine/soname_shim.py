@@ -57,7 +57,8 @@ def alias_object(soname: str, needed: str, machine: str) -> bytes:
                (0, 0)]  # NEEDED, SONAME, HASH, STRTAB, SYMTAB, STRSZ, SYMENT, NULL
     assert len(dynamic) == num_entries
     header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 3, _MACHINES[machine], 1, 0, _ELF_HEADER, 0, 0, _ELF_HEADER, _PROGRAM_HEADER, 2, 64, 0, 0)
+    header += struct.pack("<HHIQQQIHHHHHH", 3, _MACHINES[machine], 1, 0, _ELF_HEADER, 0, 0, _ELF_HEADER, _PROGRAM_HEADER, 2,
+                          64, 0, 0)
     # Writable: the loader relocates the addresses in the dynamic section in place.
     load = struct.pack("<IIQQQQQQ", 1, 6, 0, _BASE, _BASE, total, total, _PAGE)
     dynamic_header = struct.pack("<IIQQQQQQ", 2, 6, dynamic_at, dynamic_at, dynamic_at, 16 * num_entries, 16 * num_entries, 8)
