@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# README's second command: sets up .venv-test and passes the tests (lint, then pytest). Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -x .venv-test/bin/python ] || "${PYTHON:-python3}" -m venv .venv-test
+echo "installing ecmfq_export with its tests' needs and compiling its plugin library (a few minutes the first time)"
+.venv-test/bin/python -m pip install --quiet --disable-pip-version-check ".[rtx,test]"
+
+.venv-test/bin/ruff check .
+# One thread a worker: two workers on two cores would otherwise fight over four threads.
+export OMP_NUM_THREADS=1
+.venv-test/bin/python -m pytest -n 2 --dist loadgroup --durations 15 "$@"
