@@ -55,16 +55,13 @@ def emit_attention(
     if spec.qk_norm:
         query, key = norm("q_norm", query), norm("k_norm", key)
     query, key, value = (
-        b.op("Transpose", v, perm=[0, 2, 1, 3], name=f"{n}_transpose")
-        for n, v in (("q", query), ("k", key), ("v", value))
+        b.op("Transpose", v, perm=[0, 2, 1, 3], name=f"{n}_transpose") for n, v in (("q", query), ("k", key), ("v", value))
     )
     query = b.op("RotaryEmbedding", query, inputs.cos, inputs.sin, interleaved=0, name="q_rope")
     key = b.op("RotaryEmbedding", key, inputs.cos, inputs.sin, interleaved=0, name="k_rope")
     cached_key = b.op("TensorScatter", past[0], key, inputs.write_indices, axis=2, mode="linear", name="k_cache")
     cached_value = b.op("TensorScatter", past[1], value, inputs.write_indices, axis=2, mode="linear", name="v_cache")
-    attended = b.op(
-        "Attention", query, cached_key, cached_value, inputs.mask, scale=spec.head_dim**-0.5, name="attention"
-    )
+    attended = b.op("Attention", query, cached_key, cached_value, inputs.mask, scale=spec.head_dim**-0.5, name="attention")
     merged = b.op("Transpose", attended, perm=[0, 2, 1, 3], name="o_transpose")
     merged = b.op("Reshape", merged, b.shape_const(0, 0, spec.num_heads * spec.head_dim), name="o_merge")
     return linear("o_proj", merged), cached_key, cached_value

@@ -61,9 +61,7 @@ class GraphBuilder:
         yield
         self._scope.pop()
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, name: str = "", domain: str = "", **attributes: Any
-    ) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str = "", domain: str = "", **attributes: Any) -> ir.Value:
         """Append a node with one output and return that output."""
         return self.ops(op_type, *inputs, name=name, domain=domain, outputs=1, **attributes)[0]
 

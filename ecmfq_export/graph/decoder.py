@@ -126,11 +126,7 @@ class _Emitter:
             hidden = b.op("Add", hidden, x, name="attention_residual")
             x = self._norm(f"{prefix}.post_attention_layernorm", "post_attention_layernorm", hidden)
             with b.scope("mlp"):
-                x = (
-                    self._moe(prefix, layer.mlp, x)
-                    if isinstance(layer.mlp, MoESpec)
-                    else self._dense(prefix, layer.mlp, x)
-                )
+                x = self._moe(prefix, layer.mlp, x) if isinstance(layer.mlp, MoESpec) else self._dense(prefix, layer.mlp, x)
             return b.op("Add", hidden, x, name="mlp_residual"), key, value
 
     def _moe(self, prefix: str, spec: MoESpec, x: ir.Value) -> ir.Value:
@@ -141,9 +137,7 @@ class _Emitter:
             )
         b, name = self.b, f"{prefix}.mlp.router.weight"
         with b.scope("router"):
-            weight = b.weight(
-                name, F32, [spec.hidden_size, spec.num_experts], lambda: self.model.tensor(name).float().T
-            )
+            weight = b.weight(name, F32, [spec.hidden_size, spec.num_experts], lambda: self.model.tensor(name).float().T)
             bias = None
             if spec.router.selection_bias:
                 bias_name = f"{prefix}.mlp.router.selection_bias"
@@ -152,9 +146,7 @@ class _Emitter:
         e, i, h = spec.num_experts, spec.intermediate_size, spec.hidden_size
         gate_up = self._weight(f"{prefix}.mlp.experts.gate_up_proj", [e, 2 * i, h])
         down = self._weight(f"{prefix}.mlp.experts.down_proj", [e, h, i])
-        return b.op(
-            ops.FLOAT_MOE, x, ids, weights, gate_up, down, domain=ops.DOMAIN, name="experts", **ops.moe_attributes(spec)
-        )
+        return b.op(ops.FLOAT_MOE, x, ids, weights, gate_up, down, domain=ops.DOMAIN, name="experts", **ops.moe_attributes(spec))
 
     def _dense(self, prefix: str, spec: DenseMlpSpec, x: ir.Value) -> ir.Value:
         gate = self._linear(f"{prefix}.mlp.gate_proj", "gate_proj", x)
@@ -170,9 +162,7 @@ class _Emitter:
             hidden = b.op("GatherND", hidden, index, batch_dims=1, name="last_hidden")
         x = self._norm("norm", "norm", hidden)
         source = "embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
-        weight = b.weight(
-            "lm_head.weight", b.dtype, [spec.hidden_size, spec.vocab_size], lambda: self.model.tensor(source).T, source
-        )
+        weight = b.weight("lm_head.weight", b.dtype, [spec.hidden_size, spec.vocab_size], lambda: self.model.tensor(source).T, source)
         logits = b.op("MatMul", x, weight, name="lm_head")
         if b.dtype != F32:
             logits = b.cast(logits, F32, "logits_cast")

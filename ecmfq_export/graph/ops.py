@@ -67,9 +67,7 @@ def attach_reference_functions(model: ir.Model) -> None:
     for node in routed:
         layout = node.attributes["weight_layout"].as_string()
         if layout != "row_major":
-            raise UnsupportedError(
-                f"node {node.name} has weight_layout '{layout}'", "the reference reads row_major only"
-            )
+            raise UnsupportedError(f"node {node.name} has weight_layout '{layout}'", "the reference reads row_major only")
     group_sizes = {node.attributes["group_size"].as_int() for node in routed}
     if len(group_sizes) > 1:
         raise UnsupportedError(f"EcmfqRoutedMoE nodes with group sizes {sorted(group_sizes)} in one graph")
@@ -77,9 +75,7 @@ def attach_reference_functions(model: ir.Model) -> None:
     if any(node.op_type == FLOAT_MOE for node in nodes):
         functions.append(float_moe_function())
     if routed:
-        columns = max(
-            max(node.attributes[key].as_int() for key in ("hidden_size", "intermediate_size")) for node in routed
-        )
+        columns = max(max(node.attributes[key].as_int() for key in ("hidden_size", "intermediate_size")) for node in routed)
         functions.append(routed_moe_function(group_sizes.pop(), columns))
     for function in functions:
         model.functions[function.identifier()] = function

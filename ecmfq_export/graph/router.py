@@ -34,25 +34,17 @@ def emit_router(
     if b.dtype != F32:
         x = b.cast(x, F32, "input_cast")
     logits = b.op("MatMul", x, weight, name="router_logits")
-    scores = (
-        b.op("Softmax", logits, axis=-1, name="scores")
-        if router.scoring == "softmax"
-        else b.op("Sigmoid", logits, name="scores")
-    )
+    scores = b.op("Softmax", logits, axis=-1, name="scores") if router.scoring == "softmax" else b.op("Sigmoid", logits, name="scores")
     choice = scores if selection_bias is None else b.op("Add", scores, selection_bias, name="selection_scores")
     if router.num_groups > 1:
         choice = _limit_groups(b, spec, choice)
-    values, ids = b.ops(
-        "TopK", choice, b.const([spec.top_k], ir.DataType.INT64, f"top_{spec.top_k}"), axis=-1, outputs=2, name="topk"
-    )
+    values, ids = b.ops("TopK", choice, b.const([spec.top_k], ir.DataType.INT64, f"top_{spec.top_k}"), axis=-1, outputs=2, name="topk")
     weights = values if choice is scores else b.op("GatherElements", scores, ids, axis=-1, name="topk_scores")
     if router.renormalize:
         total = b.op("ReduceSum", weights, b.const([-1], ir.DataType.INT64, "last_axis"), keepdims=1, name="topk_total")
         weights = b.op("Div", weights, total, name="topk_normalized")
     if router.scaling != 1.0:
-        weights = b.op(
-            "Mul", weights, b.const(router.scaling, F32, f"router_scaling_{router.scaling}"), name="topk_scaled"
-        )
+        weights = b.op("Mul", weights, b.const(router.scaling, F32, f"router_scaling_{router.scaling}"), name="topk_scaled")
     return b.cast(ids, ir.DataType.INT32, "topk_ids"), weights
 
 

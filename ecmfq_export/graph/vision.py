@@ -21,7 +21,9 @@ from torch.nn import functional
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.graph.builder import IR_VERSION, OPSET
 from ecmfq_export.models.spec import VisionSpec
-from ecmfq_export.runtime.host_inputs import MASKED, vision_inputs
+
+MASKED = -30000.0
+"""As runtime.host_inputs.MASKED: exact in float16, and no score added to it reaches -inf."""
 
 TORCH_DTYPES = {ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 
@@ -82,12 +84,8 @@ class HostedVisionTower(nn.Module):
         return (tower.merger(hidden), *deepstack)
 
     @staticmethod
-    def _attend(
-        attn: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        query, key, value = (
-            attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
-        )
+    def _attend(attn: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scaling)
         return attn.proj(out[0].transpose(0, 1).flatten(1))
@@ -111,11 +109,14 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
     rotary = tower.rotary_pos_emb
     rotary.inv_freq = rotary.compute_axial_rope_parameters(rotary.config)[0]
     merge = spec.spatial_merge_size
-    host = vision_inputs([[1, 2 * merge, 3 * merge], [1, merge, 2 * merge]], spec)
-    example = {"patches": torch.zeros(len(host["segment_ids"]), spec.patch_features)}
-    example |= {name: torch.from_numpy(value) for name, value in host.items()}
-    for name in ("patches", "interp_weights"):
-        example[name] = example[name].to(TORCH_DTYPES[dtype])
+    count, index = 8 * merge * merge, torch.int64
+    example = {
+        "patches": torch.zeros(count, spec.patch_features, dtype=TORCH_DTYPES[dtype]),
+        "interp_indices": torch.zeros(count, 4, dtype=index),
+        "interp_weights": torch.zeros(count, 4, dtype=TORCH_DTYPES[dtype]),
+        "rope_positions": torch.zeros(count, 2, dtype=index),
+        "segment_ids": torch.zeros(count, dtype=index),
+    }
     merged = torch.export.Dim("num_merged", min=1)
     patches = merge * merge * merged
     outputs = ["image_features", *(f"deepstack_{i}" for i in range(len(spec.deepstack_layers)))]

@@ -85,9 +85,7 @@ class HostSpec:
             rope, vision = runtime["rope"], runtime["vision"]
             return cls(
                 HostRope(rope["kind"], float(rope["theta"]), tuple(rope["sections"]), int(rope["head_dim"])),
-                HostVision(
-                    *(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features"))
-                ),
+                HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features"))),
                 int(runtime["num_deepstack"]),
                 int(runtime["max_seq_len"]),
                 np.dtype(runtime["dtype"]),
@@ -124,9 +122,7 @@ def decoder_positions(
     """
     types = np.asarray(types)
     batch, seq = types.shape
-    grids = (
-        np.zeros((0, 3), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
-    )
+    grids = np.zeros((0, 3), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw, np.int64).reshape(-1, 3)
     positions = np.zeros((3, batch, seq), np.int64)
     deltas = np.zeros(batch, np.int64)
     used = 0
@@ -174,9 +170,7 @@ def decode_positions(cached: Sequence[int] | np.ndarray, deltas: np.ndarray) -> 
     return np.broadcast_to((np.asarray(cached, np.int64) + deltas)[None, :, None], (3, len(deltas), 1))
 
 
-def rope_tables(
-    rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = np.float32
-) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = np.float32) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
@@ -205,9 +199,7 @@ def rope_tables(
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
-def attention_mask(
-    cached: Sequence[int] | np.ndarray, seq: int, max_seq_len: int, dtype: np.dtype | type = np.float32
-) -> np.ndarray:
+def attention_mask(cached: Sequence[int] | np.ndarray, seq: int, max_seq_len: int, dtype: np.dtype | type = np.float32) -> np.ndarray:
     """Additive causal mask [batch, 1, seq, max_seq_len] over a static cache: 0 where visible, :data:`MASKED` elsewhere.
 
     Query ``i`` of a row stands at cache slot ``cached + i`` and sees slots up to its own. Right padding needs nothing more:
@@ -250,9 +242,7 @@ def scatter_features(types: np.ndarray, features: np.ndarray, base: np.ndarray |
     return out
 
 
-def vision_inputs(
-    image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtype | type = np.float32
-) -> dict[str, np.ndarray]:
+def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtype | type = np.float32) -> dict[str, np.ndarray]:
     """Every input of the vision graph but ``patches``, for all images of `image_grid_thw` [num_images, 3] in one call.
 
     The learned square position table is resampled bilinearly with aligned corners; see the module's table for shapes.

@@ -57,11 +57,7 @@ class HfSource:
     def _state(self) -> dict[str, torch.Tensor]:
         out = {}
         for name, value in self.model.state_dict().items():
-            name = (
-                name.removeprefix("model.")
-                .removeprefix("language_model.")
-                .replace("mlp.gate.weight", "mlp.router.weight")
-            )
+            name = name.removeprefix("model.").removeprefix("language_model.").replace("mlp.gate.weight", "mlp.router.weight")
             out[name] = value
         if self.spec.tie_word_embeddings:
             out.pop("lm_head.weight", None)
@@ -80,9 +76,7 @@ def spec_of(model: Qwen3VLMoeForConditionalGeneration) -> ModelSpec:
         RouterSpec("softmax", renormalize=True),
     )
     layers = tuple(
-        DecoderLayerSpec(
-            i, attention, DenseMlpSpec(text.hidden_size, text.intermediate_size) if i in text.mlp_only_layers else moe
-        )
+        DecoderLayerSpec(i, attention, DenseMlpSpec(text.hidden_size, text.intermediate_size) if i in text.mlp_only_layers else moe)
         for i in range(text.num_hidden_layers)
     )
     rope = text.rope_parameters
@@ -112,16 +106,12 @@ def session(model: ir.Model | Path, *, reference: bool = True) -> ort.InferenceS
 class Decoder:
     """Feeds a decoder graph as a generator does: positions from the host, the caches round and round."""
 
-    def __init__(
-        self, runner: ort.InferenceSession, spec: ModelSpec, max_seq_len: int, batch: int, dtype=np.float32
-    ) -> None:
+    def __init__(self, runner: ort.InferenceSession, spec: ModelSpec, max_seq_len: int, batch: int, dtype=np.float32) -> None:
         self.runner, self.spec, self.max_seq_len, self.dtype = runner, spec, max_seq_len, dtype
         attention = spec.layers[0].attention
         cache = (batch, attention.num_kv_heads, max_seq_len, attention.head_dim)
         # Garbage, not zeros: nothing that was never written may be read.
-        self.cache = {
-            f"past_{k}_{i}": np.full(cache, 7.0, dtype) for i in range(spec.num_layers) for k in ("key", "value")
-        }
+        self.cache = {f"past_{k}_{i}": np.full(cache, 7.0, dtype) for i in range(spec.num_layers) for k in ("key", "value")}
         self.names = [o.name for o in runner.get_outputs()]
 
     def step(self, embeds, positions, cached, deepstack=None, last_index=None) -> dict[str, np.ndarray]:

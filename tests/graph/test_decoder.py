@@ -98,9 +98,7 @@ def test_tied_embeddings_and_biases():
     config = qwen3_vl_moe_config(tie_word_embeddings=True, attention_bias=True)
     source = HfSource(build_qwen3_vl_moe(config))
     embeds, positions, visual, features, dense = sequence(np.random.default_rng(1), 5)
-    ours = Decoder(session(emit_decoder(source, 8, ir.DataType.FLOAT)), source.spec, 8, 1).step(
-        embeds, positions, [0], dense[:1]
-    )
+    ours = Decoder(session(emit_decoder(source, 8, ir.DataType.FLOAT)), source.spec, 8, 1).step(embeds, positions, [0], dense[:1])
     expected = hf_logits(source.model, embeds, positions, features[:1], visual)
     np.testing.assert_allclose(ours["logits"], expected, atol=TOLERANCE)
 
