@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from ecmfq_export.engine.runner import Runner
 from ecmfq_export.errors import BundleError, UserError
 from ecmfq_export.runtime import host_inputs as host
 from ecmfq_export.runtime.embeddings import EmbeddingTable
@@ -25,12 +26,6 @@ RUNTIME_JSON = "runtime.json"
 _VISION_BATCH_PATCHES = 1024
 """Images share a vision call up to so many patches: attention there is quadratic in the patches of a call."""
 _CACHED_IMAGES = 64
-
-
-class Runner(Protocol):
-    """What runs a graph, see engine/runner.py."""
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
 
 @dataclass

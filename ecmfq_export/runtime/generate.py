@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
+from ecmfq_export.engine.runner import Runner
 from ecmfq_export.errors import UserError
-from ecmfq_export.runtime.decoder_session import DecoderSession, Runner
+from ecmfq_export.runtime.decoder_session import DecoderSession
 from ecmfq_export.runtime.images import ImageInput
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
@@ -59,6 +60,9 @@ class Sampling:
             raise UserError(f"top_p {self.top_p} is out of range", "a fraction in (0, 1]; 1 keeps every token")
 
 
+GREEDY = Sampling()
+
+
 class Generator:
     """A model with its processor, ready to answer.
 
@@ -77,7 +81,7 @@ class Generator:
         images: Sequence[ImageInput] = (),
         max_new_tokens: int = 64,
         on_token: Callable[[str], None] | None = None,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> str:
         """Answer one prompt; `on_token` gets each piece of text as soon as it is whole characters.
 
@@ -93,7 +97,7 @@ class Generator:
         samples: Sequence[ProcessedSample],
         max_new_tokens: int = 64,
         on_token: Callable[[int, str], None] | None = None,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> list[Generation]:
         """Answer several prompts in one batch of right-padded rows; each gets what it would get alone.
 

@@ -68,12 +68,17 @@ def checkpoint_bytes(model: SizedModel) -> dict[str, Any]:
 def artifact_bytes(onnx_dir: Path, engines_dir: Path | None) -> dict[str, int]:
     """Bytes of what is shipped: graphs with their weights by part, embeddings, and engines by file.
 
-    A weight file that several graphs share is counted once; the reference copy's own graph file is not shipped and not counted.
+    A weight file that several graphs share is counted once. What only the reference copy for ONNX Runtime reads (its graph, and
+    row-major experts where the target's kernels take another layout) is not shipped and not counted.
     """
     sizes: dict[str, int] = {}
+    expert_files = {p.name for p in (onnx_dir / "decoder").glob("experts.*.data")}
+    reference_only = {"model.ref.onnx", "manifest.json"}
+    if len(expert_files) > 1:
+        reference_only.add("experts.row_major.data")
     for file in sorted(p for p in onnx_dir.rglob("*") if p.is_file()):
         name = file.relative_to(onnx_dir)
-        if file.name.endswith(".ref.onnx") or file.name == "manifest.json":
+        if file.name in reference_only:
             continue
         part = f"onnx/{name.parts[0]}" if len(name.parts) > 1 else (
             "onnx/embeddings" if file.suffix == ".safetensors" else "onnx/tokenizer and settings")  # fmt: skip

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ecmfq_export.engine.runner import Runner
 from ecmfq_export.errors import UnsupportedError, UserError
-from ecmfq_export.runtime.decoder_session import DecoderSession, Runner, graph_path
+from ecmfq_export.runtime.decoder_session import DecoderSession, graph_path
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.validate.torch_lockstep import batch_rows
 

@@ -29,7 +29,7 @@ from ecmfq_export.validate.evaluate import (
     recalls,
 )
 from ecmfq_export.validate.prompts import Prompts, load_prompts, match_pairs, match_samples, yes_no_ids
-from ecmfq_export.validate.report import SCHEMA_VERSION, Thresholds, finite, judge
+from ecmfq_export.validate.report import DEFAULT_THRESHOLDS, SCHEMA_VERSION, Thresholds, finite, judge
 from ecmfq_export.validate.torch_lockstep import Lockstep
 
 MODELS = ("float", "quantized", "onnx")
@@ -52,7 +52,7 @@ def validate(
     progress: Progress,
     engines_dir: Path | None = None,
     candidates: int = 16,
-    thresholds: Thresholds = Thresholds(),
+    thresholds: Thresholds = DEFAULT_THRESHOLDS,
 ) -> dict[str, Any]:
     """Compare floating-point PyTorch, quantized PyTorch and ONNX Runtime; write ``report.json`` and ``report.html``.
 

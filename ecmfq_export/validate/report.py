@@ -42,6 +42,9 @@ class Thresholds:
     w4a8_bytes: float = 0.26
 
 
+DEFAULT_THRESHOLDS = Thresholds()
+
+
 @dataclass(frozen=True)
 class Check:
     """One row of the verdict; `passed` is None where it was not judged."""

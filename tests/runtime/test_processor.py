@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.tiny_models import IMAGE_TOKEN_ID, qwen3_vl_moe_config, write_processor_files
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -17,6 +16,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.runtime.images import load_rgb
 from ecmfq_export.runtime.processor import Processor
+from tests.tiny_models import IMAGE_TOKEN_ID, qwen3_vl_moe_config, write_processor_files
 
 
 @pytest.fixture(scope="module")
