@@ -1,0 +1,169 @@
+"""Stage calibrate: choose with MACS which samples of the pool to calibrate on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ecmfq_export import bundle
+from ecmfq_export.config import QuantConfig
+from ecmfq_export.errors import UnsupportedError
+from ecmfq_export.models.moe_vlm import MoEVLM, open_model
+from ecmfq_export.models.spec import MoESpec
+from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, load_layer
+from ecmfq_export.progress import Progress
+from ecmfq_export.quant import macs
+from ecmfq_export.quant.token_weights import VISION, vision_attention_mass
+from ecmfq_export.runtime.processor import Processor
+from ecmfq_export.stages.calibration import save_calibration, split_heldout
+from ecmfq_export.stages.samples import load_pool, pool_fingerprint
+from ecmfq_export.stages.sensitivity import measure_gamma
+from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, prepare_batches
+
+FEATURES = 256
+CHANNEL_QUANTILES = (0.5, 0.9, 1.0)
+
+CONFIG_KEYS = ("num_samples", "selection", "gamma_text", "holdout_fraction", "seed")
+"""Settings that shape this stage's result."""
+
+
+def calibrate(model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+    """Run the floating-point model over the pool once, layer by layer, select samples, and write them to `out_dir`.
+
+    Writes ``samples.safetensors`` (processed samples), ``selection.json`` (names, held-out split, figures) and the manifest.
+
+    Args:
+        model_dir: floating-point checkpoint.
+        data: pool, see :func:`ecmfq_export.stages.samples.load_pool`.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        UserError: unusable data or checkpoint, NaN on the way, or a full disk.
+    """
+    pool = load_pool(data)
+    settings = {key: dataclasses.asdict(config)[key] for key in CONFIG_KEYS}
+    inputs = {"model": bundle.fingerprint(model_dir), "data": pool_fingerprint(data, pool)}
+    if bundle.is_current(out_dir, "calibrate", settings, inputs):
+        progress.note(f"{out_dir}: up to date")
+        return out_dir
+    model = open_model(model_dir)
+    if model.quantization is not None:
+        raise UnsupportedError(f"{model_dir} is quantized already", "calibrate on the floating-point checkpoint")
+    processor = Processor(model_dir)
+    with bundle.write_stage(out_dir, "calibrate", settings, inputs) as (work, info), ActivationStore() as store:
+        tracked = progress.track(pool, "read calibration pool", len(pool))
+        batches = list(prepare_batches(model, (sample.process(processor) for sample in tracked), store))
+        scores = score_pool(model, batches, len(pool), store, config.seed, progress)
+        top_k = max((spec.mlp.top_k for spec in model.spec.layers if isinstance(spec.mlp, MoESpec)), default=1)
+        selection = macs.select(scores, config.num_samples, top_k, config.seed, config.selection)
+        chosen = [pool[i] for i in selection.indices]
+        samples = [sample.process(processor) for sample in chosen]
+        heldout = split_heldout([str(sample.image) if sample.image else sample.name for sample in chosen],
+                                config.holdout_fraction, config.seed)
+        gamma, measured = config.gamma_text, {}
+        if gamma == 0.0:
+            gamma, measured = measure_gamma(model, [s for s, held in zip(samples, heldout, strict=True) if not held], progress)
+        report = {**selection.report, "pool": len(pool), "selected": len(chosen), "topped_up": selection.topped_up,
+                  "heldout": sum(heldout), **measured}
+        save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
+        info.update(report, gamma=gamma)
+    progress.note(f"selected {len(chosen)} of {len(pool)} samples ({selection.topped_up} for experts with few tokens), "
+                  f"{sum(heldout)} held out; objective {report['selected_objective']:.3f} against "
+                  f"{report['random_objective']:.3f} at random")
+    return out_dir
+
+
+@dataclass
+class _Tally:
+    """Sums over samples while layers go by, see :class:`macs.PoolScores`."""
+
+    mass: torch.Tensor
+    tokens: torch.Tensor
+    attention: torch.Tensor
+    features: torch.Tensor
+
+
+@torch.no_grad()
+def score_pool(
+    model: MoEVLM, batches: list[Batch], size: int, store: ActivationStore, seed: int, progress: Progress
+) -> macs.PoolScores:
+    """Measure every sample of the pool while its activations stream through the decoder.
+
+    Args:
+        batches: prepared, their embeddings in `store` under ``hidden``; consumed.
+        size: number of samples in all batches.
+    """
+    moe = model.spec.moe_layers
+    if not moe:
+        raise UnsupportedError(f"{model.path} has no mixture-of-experts layer", "this tool quantizes routed experts")
+    num_experts = {model.spec.layers[i].mlp.num_experts for i in moe}
+    if len(num_experts) > 1:
+        raise UnsupportedError(f"layers with different numbers of experts ({sorted(num_experts)}) are not supported")
+    experts = num_experts.pop()
+    tally = _Tally(torch.zeros(size, len(moe), experts, 2), torch.zeros(size, len(moe), experts, dtype=torch.int64),
+                   torch.zeros(size), torch.zeros(size, FEATURES))
+    for index in progress.track(range(model.spec.num_layers), "score pool, layer by layer", model.spec.num_layers):
+        layer = load_layer(model, index)
+        place = moe.index(index) if index in moe else None
+        projection = _projection(model.spec.hidden_size, seed, index) if place is not None else None
+        for batch in batches:
+            hidden = store.get(f"hidden/{batch.index}")
+            context, probs = layer.attention_context(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
+            hidden = hidden + layer.linear(context, "self_attn.o_proj")
+            x = layer.moe_input(hidden)
+            tally.attention[batch.samples] += vision_attention_mass(probs, batch.types, batch.valid) / model.spec.num_layers
+            if place is None or projection is None:
+                out = hidden + layer.mlp(x)
+            else:
+                tokens = x.flatten(0, 1)
+                routing = layer.route(tokens)
+                _tally_routing(tally, place, layer, routing, batch)
+                tally.features[batch.samples] += _channel_features(x, batch) @ projection / len(moe) ** 0.5
+                out = hidden + layer.experts(tokens, routing).view_as(x)
+            store.put(f"hidden/{batch.index}", add_deepstack(out, index, batch, store))
+    return macs.PoolScores(tally.mass, tally.tokens, tally.attention, tally.features)
+
+
+def _tally_routing(tally: _Tally, place: int, layer: DecoderLayer, routing: Routing, batch: Batch) -> None:
+    size, length = batch.types.shape
+    valid = batch.valid.flatten()
+    mass = potential_mass(routing, layer)
+    for modality in (0, 1):
+        inside = ((batch.types.flatten() == modality) & valid).unsqueeze(1)
+        tally.mass[batch.samples, place, :, modality] = (mass * inside).view(size, length, -1).sum(1)
+    routed = torch.zeros_like(mass).scatter_(1, routing.topk_ids, 1.0) * valid.unsqueeze(1)
+    tally.tokens[batch.samples, place] = routed.view(size, length, -1).sum(1).long()
+
+
+def potential_mass(routing: Routing, layer: DecoderLayer) -> torch.Tensor:
+    """Router scores of the 2k best experts of each token, others 0: float32 [T, E] ("potentially activated" experts)."""
+    mlp = layer.spec.mlp
+    assert isinstance(mlp, MoESpec)
+    best = routing.scores.topk(min(2 * mlp.top_k, mlp.num_experts), dim=-1)
+    return torch.zeros_like(routing.scores).scatter_(1, best.indices, best.values)
+
+
+def routed_mass(routing: Routing, layer: DecoderLayer, types: torch.Tensor) -> torch.Tensor:
+    """Score mass an expert gets from text and from vision tokens, float32 [E, 2]; `types` is [T]."""
+    mass = potential_mass(routing, layer)
+    vision = (types == VISION).float().unsqueeze(1)
+    return torch.stack(((mass * (1 - vision)).sum(0), (mass * vision).sum(0)), -1)
+
+
+def _channel_features(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Log quantiles over tokens of each channel's magnitude, [B, 3 * hidden]."""
+    values = torch.where(batch.valid.unsqueeze(-1), x.abs(), torch.full_like(x, float("nan")))
+    quantiles = torch.nanquantile(values, torch.tensor(CHANNEL_QUANTILES), dim=1)
+    return torch.log(quantiles + 1e-6).permute(1, 0, 2).flatten(1)
+
+
+def _projection(hidden_size: int, seed: int, layer: int) -> torch.Tensor:
+    """Random [3 * hidden, 256] of unit expected column norm."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    rows = len(CHANNEL_QUANTILES) * hidden_size
+    return torch.randn(rows, FEATURES, generator=generator) / rows**0.5

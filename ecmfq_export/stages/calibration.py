@@ -1,0 +1,96 @@
+"""The calibration directory: the chosen samples, ready to run, split into search and held-out ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ecmfq_export import bundle
+from ecmfq_export.errors import BundleError
+from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
+from ecmfq_export.runtime.sample import ProcessedSample
+
+SAMPLES, SELECTION = "samples.safetensors", "selection.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrate left for the stages after it.
+
+    Attributes:
+        samples: processed samples.
+        heldout: bool, one a sample: kept out of every search and every Hessian, for gates.
+        gamma: text token weight before balancing (MBQ's gradient ratio, or the configured value).
+    """
+
+    samples: list[ProcessedSample]
+    heldout: list[bool]
+    gamma: float
+
+
+def save_calibration(
+    directory: Path, samples: list[ProcessedSample], names: list[str], heldout: list[bool], gamma: float, report: dict[str, Any]
+) -> None:
+    """Write the samples and what is known of them into a stage's working directory."""
+    tensors: dict[str, np.ndarray] = {}
+    for i, sample in enumerate(samples):
+        tensors[f"{i:05d}.input_ids"] = sample.input_ids
+        tensors[f"{i:05d}.answer_mask"] = sample.answer_mask.astype(np.uint8)
+        if sample.pixel_values is not None and sample.image_grid_thw is not None:
+            tensors[f"{i:05d}.pixel_values"] = np.ascontiguousarray(sample.pixel_values, np.float32)
+            tensors[f"{i:05d}.image_grid_thw"] = np.ascontiguousarray(sample.image_grid_thw, np.int64)
+    write_safetensors(directory / SAMPLES, {name: TensorToWrite.of(torch.from_numpy(v)) for name, v in tensors.items()})
+    rows = [{"name": name, "heldout": held} for name, held in zip(names, heldout, strict=True)]
+    bundle.write_json(directory / SELECTION, {"samples": rows, "gamma": gamma, "report": report})
+
+
+def load_calibration(directory: Path) -> Calibration:
+    """Read a finished calibration directory.
+
+    Raises:
+        BundleError: it is no calibration directory, or a file in it was changed.
+    """
+    bundle.verify(directory, bundle.read_manifest(directory, "calibrate"))
+    try:
+        selection = json.loads((directory / SELECTION).read_text(encoding="utf-8"))
+        rows = selection["samples"]
+        with safe_open(directory / SAMPLES, framework="numpy") as file:
+            keys = set(file.keys())
+
+            def array(i: int, part: str) -> np.ndarray | None:
+                name = f"{i:05d}.{part}"
+                return file.get_tensor(name) if name in keys else None
+
+            samples = [ProcessedSample(file.get_tensor(f"{i:05d}.input_ids"), array(i, "pixel_values"), array(i, "image_grid_thw"),
+                                       file.get_tensor(f"{i:05d}.answer_mask").astype(bool)) for i in range(len(rows))]
+        return Calibration(samples, [bool(row["heldout"]) for row in rows], float(selection["gamma"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{directory} cannot be read: {error}", "run calibrate again") from None
+
+
+def split_heldout(groups: list[str], fraction: float, seed: int) -> list[bool]:
+    """Choose about `fraction` of the samples to hold out, whole groups (samples of one image) at a time, at least one on
+    either side; fewer than two groups are split by sample.
+
+    Args:
+        groups: one name a sample.
+    """
+    if len(set(groups)) < 2:
+        groups = [str(i) for i in range(len(groups))]
+    names = sorted(set(groups))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = max(1, round(fraction * len(groups)))
+    chosen: set[str] = set()
+    taken = 0
+    for i in order[:-1]:
+        if taken >= wanted:
+            break
+        chosen.add(names[i])
+        taken += groups.count(names[i])
+    return [group in chosen for group in groups]

@@ -1,0 +1,94 @@
+"""Folding smoothing scales into a decoder layer: the function stays, what is quantized changes.
+
+====================  =====================  ==========================================
+scale                 divides                multiplies
+====================  =====================  ==========================================
+attention_input [d]   input norm             columns of q, k, v
+value [kv * head]     rows (and bias) of v   columns of o, each head its group's scales
+moe_input [d]         second norm            columns of the router and of gate and up of
+                                             every expert
+down [E, I]           up rows of expert e    down columns of expert e
+====================  =====================  ==========================================
+
+Powers of two change exponents only, so that every product, sum and router logit keeps its bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from ecmfq_export.errors import UnsupportedError
+from ecmfq_export.models.spec import GqaSpec, MoESpec
+from ecmfq_export.models.torch_decoder import DecoderLayer
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """Smoothing scales of one layer, float32, None where there is none; shapes as in the table above.
+
+    `down` is [1, I] for a dense MLP.
+    """
+
+    attention_input: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    moe_input: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The scales that are there."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: scale for name, scale in found.items() if scale is not None}
+
+
+def value_tie(spec: GqaSpec) -> torch.Tensor:
+    """Channel of v that each channel of the attention output comes from: int64 [heads * head_dim].
+
+    Heads of one key/value group read the same values, so their channels share a scale.
+    """
+    head = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
+    return (head.unsqueeze(1) * spec.head_dim + torch.arange(spec.head_dim)).flatten()
+
+
+def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
+    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared.
+
+    Raises:
+        UnsupportedError: always-on shared experts, which read the same norm.
+    """
+    tensors = dict(layer.tensors)
+    mlp = layer.spec.mlp
+    if isinstance(mlp, MoESpec) and mlp.num_shared_experts:
+        raise UnsupportedError(f"{mlp.num_shared_experts} shared experts cannot be smoothed yet", "set smooth = false")
+
+    def divide_rows(name: str, scale: torch.Tensor) -> None:
+        if name in tensors:
+            tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
+
+    def multiply_columns(name: str, scale: torch.Tensor) -> None:
+        tensors[name] = tensors[name] * scale
+
+    if scales.attention_input is not None:
+        divide_rows("input_layernorm.weight", scales.attention_input)
+        for part in "qkv":
+            multiply_columns(f"self_attn.{part}_proj.weight", scales.attention_input)
+    if scales.value is not None:
+        divide_rows("self_attn.v_proj.weight", scales.value)
+        divide_rows("self_attn.v_proj.bias", scales.value)
+        multiply_columns("self_attn.o_proj.weight", scales.value[value_tie(layer.spec.attention)])
+    readers = ("mlp.router.weight", "mlp.experts.gate_up_proj") if isinstance(mlp, MoESpec) else (
+        "mlp.gate_proj.weight", "mlp.up_proj.weight")
+    if scales.moe_input is not None:
+        divide_rows("post_attention_layernorm.weight", scales.moe_input)
+        for name in readers:
+            multiply_columns(name, scales.moe_input)
+    if scales.down is not None:
+        if isinstance(mlp, MoESpec):
+            gate, up = tensors["mlp.experts.gate_up_proj"].chunk(2, dim=1)
+            tensors["mlp.experts.gate_up_proj"] = torch.cat((gate, up / scales.down.unsqueeze(-1)), 1)
+            multiply_columns("mlp.experts.down_proj", scales.down.unsqueeze(1))
+        else:
+            divide_rows("mlp.up_proj.weight", scales.down[0])
+            multiply_columns("mlp.down_proj.weight", scales.down[0])
+    return DecoderLayer(layer.spec, layer.eps, tensors, dict(layer.quantized))

@@ -1,0 +1,80 @@
+"""Final-logit KL on held-out samples: what a choice inside one layer does to what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ecmfq_export.models.moe_vlm import MoEVLM
+from ecmfq_export.models.torch_decoder import decoder_logits, load_layer
+from ecmfq_export.runtime.sample import ProcessedSample
+from ecmfq_export.stages.streams import ActivationStore, Batch, advance
+
+MAX_POSITIONS = 512
+
+
+class Judge:
+    """Compares hidden states at some layer's output by what the floating-point rest of the model makes of them.
+
+    Judged positions are those that predict answer tokens, of samples without an answer those that predict text tokens; at
+    most 512 of them, spread evenly.
+
+    Args:
+        model: the floating-point model.
+        samples: the held-out samples that `batches` were prepared from.
+        batches, store: their batches; the store holds their embeddings under ``fp``.
+    """
+
+    def __init__(self, model: MoEVLM, samples: Sequence[ProcessedSample], batches: list[Batch], store: ActivationStore) -> None:
+        self._model, self._batches, self._store = model, batches, store
+        self._positions = _judged_positions(samples, batches)
+        for batch in batches:
+            store.put(f"judge/{batch.index}", store.get(f"fp/{batch.index}"))
+        self._reference = self._log_probs(["judge"], 0)["judge"]
+
+    @torch.no_grad()
+    def kl(self, streams: Sequence[str], next_layer: int) -> dict[str, float]:
+        """Mean KL(floating point || stream), in nats, of each stream of hidden states that enters `next_layer`; consumes them."""
+        found = self._log_probs(streams, next_layer)
+        reference = self._reference
+        return {name: float((reference.exp() * (reference - other)).sum(-1).mean().clamp_min(0.0)) for name, other in found.items()}
+
+    @torch.no_grad()
+    def _log_probs(self, streams: Sequence[str], next_layer: int) -> dict[str, torch.Tensor]:
+        for index in range(next_layer, self._model.spec.num_layers):
+            layer = load_layer(self._model, index)
+            for stream in streams:
+                advance(layer, index, self._batches, self._store, stream)
+        rows = {}
+        for stream in streams:
+            rows[stream] = torch.cat([self._store.get(f"{stream}/{b.index}")[self._positions[b.index]] for b in self._batches])
+            for batch in self._batches:
+                self._store.drop(f"{stream}/{batch.index}")
+        # One call for all, because it reads the output matrix from disk.
+        logits = decoder_logits(self._model, torch.cat(list(rows.values())).unsqueeze(0))[0]
+        parts = logits.double().log_softmax(-1).split([len(part) for part in rows.values()])
+        return dict(zip(rows, parts, strict=True))
+
+
+def _judged_positions(samples: Sequence[ProcessedSample], batches: list[Batch]) -> dict[int, torch.Tensor]:
+    """bool [B, S] by batch."""
+    found: dict[int, torch.Tensor] = {}
+    for batch in batches:
+        mask = torch.zeros(batch.types.shape, dtype=torch.bool)
+        for row, number in enumerate(batch.samples):
+            sample = samples[number]
+            predicted = torch.from_numpy(sample.answer_mask.copy())
+            if not bool(predicted.any()):
+                predicted = batch.types[row, : sample.length] == 0
+            mask[row, : sample.length - 1] = predicted[1:]
+        found[batch.index] = mask
+    total = sum(int(mask.sum()) for mask in found.values())
+    step = -(-total // MAX_POSITIONS)
+    seen = 0
+    for mask in found.values():
+        where = mask.nonzero()
+        dropped = where[(torch.arange(len(where)) + seen) % step != 0] if step > 1 else where[:0]
+        mask[dropped[:, 0], dropped[:, 1]] = False
+        seen += len(where)
+    return found

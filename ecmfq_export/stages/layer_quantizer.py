@@ -1,0 +1,207 @@
+"""FAQ on one decoder layer: floating-point and quantized activations side by side, Hessians, weights, the layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ecmfq_export.config import QuantConfig
+from ecmfq_export.models.torch_decoder import DecoderLayer
+from ecmfq_export.quant.activation import fake_quantize_per_token
+from ecmfq_export.quant.faq import FaqSettings, quantize_faq
+from ecmfq_export.quant.hessian import WeightedHessian
+from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.token_weights import Weighting, combine, cross_modal_scores, fusion_weight
+from ecmfq_export.stages import mlp_view
+from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
+from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack
+
+CROSS_STRENGTH = 1.0
+"""Trust in the correction for errors of earlier layers."""
+
+SPREAD_TOKENS = 256
+"""Tokens that every expert computes to estimate what its down projection reads from tokens that are not its own."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One side of the samples (search or held-out) and its activations.
+
+    The store holds, by batch, ``fp`` and ``q``: the hidden states that enter the layer in the floating-point and in the
+    quantized model.
+    """
+
+    batches: list[Batch]
+    store: ActivationStore
+
+
+class LayerQuantizer:
+    """Quantizes one layer with each of several weightings.
+
+    Args:
+        layer: floating point, smoothing folded in.
+        index: its number.
+        train, heldout: streams; only `train` enters Hessians.
+        rho: float [2], weight of text and vision tokens.
+        config: settings.
+    """
+
+    def __init__(
+        self, layer: DecoderLayer, index: int, train: Stream, heldout: Stream, rho: torch.Tensor, config: QuantConfig
+    ) -> None:
+        self._layer, self._index, self._rho, self._config = layer, index, rho, config
+        self._train, self._heldout = train, heldout
+        self._attention: dict[Weighting, dict[str, QTensor]] = {}
+        self._reference_pass()
+
+    def quantize(self, weighting: Weighting) -> DecoderLayer:
+        """The layer with every weight that its recipes name quantized under `weighting`."""
+        attention = self._quantize_attention(weighting)
+        layer = mlp_view.with_quantized(self._layer, attention)
+        bits = mlp_bits(layer.spec, self._config)
+        if bits is None:
+            return layer
+        settings = self._settings(bits, mlp_group_size(layer.spec, self._config))
+        gate_up, down = mlp_view.stacked_weights(self._layer)
+        hessian = WeightedHessian(*gate_up.shape[::2], cross=True)
+        for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
+            routed = mlp_view.route(layer, x)
+            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, routed), routed.token, reference)
+        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantize_faq(gate_up, hessian, settings)))
+        del hessian
+        hessian = WeightedHessian(*down.shape[::2], cross=True)
+        spread: list[torch.Tensor] = []
+        for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
+            routed = mlp_view.route(layer, x)
+            inner = fake_quantize_per_token(mlp_view.intermediate(layer, x, routed))
+            hessian.add(inner, routed.expert, self._weights(weighting, batch, routed),
+                        reference=mlp_view.intermediate(self._layer, reference, routed))
+            spread.append(x)
+        target = self._spread_hessian(layer, torch.cat(spread), hessian)
+        quantized = quantize_faq(down, hessian, settings, target=target)
+        return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
+
+    def outputs(self, layer: DecoderLayer, weighting: Weighting, side: str, into: str) -> None:
+        """Write the quantized layer's outputs of one side (``"train"`` or ``"heldout"``), DeepStack included, to ``{into}/{i}``."""
+        stream = self._train if side == "train" else self._heldout
+        for batch in stream.batches:
+            middle = stream.store.get(f"{self._middle_name(weighting)}/{batch.index}")
+            out = middle + layer.mlp(layer.moe_input(middle))
+            stream.store.put(f"{into}/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
+
+    def release(self) -> None:
+        """Drop everything that was kept for this layer alone."""
+        for stream in (self._train, self._heldout):
+            for name in stream.store.names():
+                if name.startswith("layer."):
+                    stream.store.drop(name)
+
+    def _reference_pass(self) -> None:
+        """Floating-point attention context, residual stream between attention and MLP, phi, and the layer's output."""
+        layer, strength = self._layer, self._config.fusion_lambda
+        for stream in (self._train, self._heldout):
+            for batch in stream.batches:
+                hidden = stream.store.get(f"fp/{batch.index}")
+                context, probs = layer.attention_context(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
+                middle = hidden + layer.linear(context, "self_attn.o_proj")
+                out = middle + layer.mlp(layer.moe_input(middle))
+                stream.store.put(f"fp.next/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
+                if stream is self._train:
+                    scores = cross_modal_scores(probs, batch.types, batch.valid)
+                    phi = fusion_weight(scores, batch.types, batch.valid, strength)
+                    for name, value in (("phi", phi), ("context", context), ("middle", middle)):
+                        stream.store.put(f"layer.{name}/{batch.index}", value)
+
+    def _quantize_attention(self, weighting: Weighting) -> dict[str, QTensor]:
+        """q, k, v and o; leaves the residual stream after attention in the store, under the name of the attention's weighting."""
+        kind = _attention_kind(weighting)
+        if kind in self._attention:
+            return self._attention[kind]
+        bits = attention_bits(self._config)
+        weights: dict[str, QTensor] = {}
+        layer = self._layer
+        if bits is not None:
+            settings = self._settings(bits, -1)
+            names = [f"self_attn.{part}_proj.weight" for part in "qkv"]
+            qkv = torch.cat([layer.tensors[name] for name in names]).unsqueeze(0)
+            hessian = WeightedHessian(1, qkv.shape[-1], cross=True)
+            for batch in self._train.batches:
+                x, reference = (layer.attention_input(self._train.store.get(f"{s}/{batch.index}")) for s in ("q", "fp"))
+                self._add_dense(hessian, x, reference, kind, batch)
+            fused, start = mlp_view.unstack(quantize_faq(qkv, hessian, settings)), 0
+            for name in names:
+                stop = start + layer.tensors[name].shape[0]
+                weights[name], start = fused.rows(start, stop), stop
+            layer = mlp_view.with_quantized(layer, weights)
+        self._contexts(layer)
+        if bits is not None:
+            name = "self_attn.o_proj.weight"
+            output = self._layer.tensors[name].unsqueeze(0)
+            hessian = WeightedHessian(1, output.shape[-1], cross=True)
+            for batch in self._train.batches:
+                x, reference = (self._train.store.get(f"layer.{s}/{batch.index}") for s in ("context.q", "context"))
+                self._add_dense(hessian, x, reference, kind, batch)
+            weights[name] = mlp_view.unstack(quantize_faq(output, hessian, settings))
+            layer = mlp_view.with_quantized(layer, weights)
+        for stream in (self._train, self._heldout):
+            for batch in stream.batches:
+                context = stream.store.get(f"layer.context.q/{batch.index}")
+                middle = stream.store.get(f"q/{batch.index}") + layer.linear(context, "self_attn.o_proj")
+                stream.store.put(f"layer.middle.{kind}/{batch.index}", middle)
+        self._attention[kind] = weights
+        return weights
+
+    def _contexts(self, layer: DecoderLayer) -> None:
+        for stream in (self._train, self._heldout):
+            for batch in stream.batches:
+                x = layer.attention_input(stream.store.get(f"q/{batch.index}"))
+                context, _ = layer.attention_context(x, batch.cos, batch.sin, batch.mask)
+                stream.store.put(f"layer.context.q/{batch.index}", context)
+
+    def _add_dense(
+        self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch
+    ) -> None:
+        valid = batch.valid
+        rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
+        weight = combine(kind, rho, torch.ones_like(rho), phi)
+        hessian.add(fake_quantize_per_token(x[valid]), torch.zeros(len(rho), dtype=torch.int64), weight, reference=reference[valid])
+
+    def _moe_inputs(self, layer: DecoderLayer, middle: str) -> Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        """By batch of the search side: MLP inputs [T, d] of the quantized and of the floating-point model, without padding."""
+        for batch in self._train.batches:
+            x, reference = (layer.moe_input(self._train.store.get(f"{name}/{batch.index}")[batch.valid])
+                            for name in (middle, "layer.middle"))
+            yield batch, x, reference
+
+    def _weights(self, weighting: Weighting, batch: Batch, routed: mlp_view.Routed) -> torch.Tensor:
+        valid = batch.valid
+        rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
+        return combine(weighting, rho[routed.token], routed.gate, phi[routed.token])
+
+    def _spread_hessian(self, layer: DecoderLayer, x: torch.Tensor, own: WeightedHessian) -> torch.Tensor:
+        """What each expert's down projection reads from a sample of all the layer's tokens, [E, I, I].
+
+        Experts have channels of their own there, so a sum over experts would mean nothing.
+        """
+        generator = torch.Generator().manual_seed(self._config.seed * 104729 + self._index)
+        chosen = x[torch.randperm(len(x), generator=generator)[:SPREAD_TOKENS]]
+        total = WeightedHessian(*own.matrix.shape[:2])
+        for some in chosen.split(64):
+            routed = mlp_view.route_everywhere(layer, some)
+            inner = fake_quantize_per_token(mlp_view.intermediate(layer, some, routed))
+            total.add(inner, routed.expert, torch.ones(len(inner)))
+        return total.matrix
+
+    def _settings(self, bits: int, group_size: int) -> FaqSettings:
+        config = self._config
+        return FaqSettings(bits, group_size, config.percdamp, config.shrinkage_kappa, CROSS_STRENGTH)
+
+    def _middle_name(self, weighting: Weighting) -> str:
+        return f"layer.middle.{_attention_kind(weighting)}"
+
+
+def _attention_kind(weighting: Weighting) -> Weighting:
+    """Attention has no gates: without phi its weight is rho."""
+    return "rho" if weighting == "rho_g" else weighting

@@ -1,0 +1,212 @@
+"""Stage quantize: FAQ (or rounding to nearest) layer by layer, into a compressed-tensors checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ecmfq_export import bundle
+from ecmfq_export.config import QuantConfig
+from ecmfq_export.errors import UnsupportedError, UserError
+from ecmfq_export.models.moe_vlm import MoEVLM, open_model
+from ecmfq_export.models.quantized_format import QuantizedWriter
+from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
+from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
+from ecmfq_export.progress import Progress
+from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.rtn import Clip, quantize_rtn
+from ecmfq_export.quant.token_weights import WEIGHTINGS, Weighting
+from ecmfq_export.stages import mlp_view
+from ecmfq_export.stages.calibration import Calibration, load_calibration
+from ecmfq_export.stages.fold import LayerScales, fold_layer
+from ecmfq_export.stages.judge import Judge
+from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
+from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
+from ecmfq_export.stages.smooth import balanced_rho, load_scales
+from ecmfq_export.stages.streams import ActivationStore, prepare_batches
+
+STATE = ".state"
+"""Prefix of directories, inside the stage's working directory, with the activations that enter the next layer."""
+
+FAQ_KEYS = ("attention", "lm_head", "group_size", "weighting", "fusion_lambda", "percdamp", "shrinkage_kappa", "seed")
+RTN_KEYS = ("attention", "lm_head", "group_size")
+
+
+def quantize(
+    model_dir: Path, calibration_dir: Path | None, smoothing_dir: Path | None, out_dir: Path, config: QuantConfig,
+    progress: Progress,
+) -> Path:
+    """Write the quantized checkpoint to `out_dir`; an interrupted run continues from its last finished layer.
+
+    Args:
+        model_dir: floating-point checkpoint.
+        calibration_dir: of stage calibrate; not read where ``config.method`` is ``rtn``.
+        smoothing_dir: of stage smooth, or None for none; not read where the method is ``rtn``.
+
+    Raises:
+        UserError: a model or settings that are not supported, missing calibration, NaN on the way, or a full disk.
+    """
+    faq = config.method == "ecmfq"
+    if faq and calibration_dir is None:
+        raise UserError("method 'ecmfq' needs a calibration directory", "run calibrate first, or set method = 'rtn'")
+    settings = {key: dataclasses.asdict(config)[key] for key in ("method", *(FAQ_KEYS if faq else RTN_KEYS))}
+    inputs = {"model": bundle.fingerprint(model_dir)}
+    if faq and calibration_dir is not None:
+        inputs["calibration"] = bundle.fingerprint(calibration_dir)
+        if smoothing_dir is not None:
+            inputs["smoothing"] = bundle.fingerprint(smoothing_dir)
+    if bundle.is_current(out_dir, "quantize", settings, inputs):
+        progress.note(f"{out_dir}: up to date")
+        return out_dir
+    model = open_model(model_dir)
+    if model.quantization is not None:
+        raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
+    check_supported(model.spec, config)
+    with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
+        writer = QuantizedWriter(work, model)
+        if faq and calibration_dir is not None:
+            scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
+            _Run(model, load_calibration(calibration_dir), scales, config, writer, progress).run(info)
+        else:
+            for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
+                if not writer.has_layer(index):
+                    layer = rtn_layer(load_layer(model, index), config)
+                    writer.write_layer(index, layer.quantized)
+        rest: dict[str, torch.Tensor | QTensor] = {}
+        if config.lm_head == "w8a8":
+            rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="mse" if faq else "absmax")
+        quantized = writer.finish(rest)
+        _drop_states(work)
+        info.update(layer_bytes(quantized))
+    return out_dir
+
+
+def rtn_layer(layer: DecoderLayer, config: QuantConfig, clip: Clip = "absmax") -> DecoderLayer:
+    """Every weight that the recipes name rounded to nearest, its largest magnitude on the grid's end."""
+    weights: dict[str, QTensor] = {}
+    bits = attention_bits(config)
+    if bits is not None:
+        weights = {name: quantize_rtn(layer.tensors[name], bits, clip=clip)
+                   for name in (f"self_attn.{part}_proj.weight" for part in "qkvo")}
+    bits = mlp_bits(layer.spec, config)
+    if bits is not None:
+        group_size = mlp_group_size(layer.spec, config)
+        gate_up, down = mlp_view.stacked_weights(layer)
+        weights |= mlp_view.named_gate_up(layer, quantize_rtn(gate_up, bits, group_size, clip))
+        weights |= mlp_view.named_down(layer, quantize_rtn(down, bits, group_size, clip))
+    return mlp_view.with_quantized(layer, weights)
+
+
+class _Run:
+    """FAQ over all layers, from the start or from the state that an interrupted run left."""
+
+    def __init__(
+        self, model: MoEVLM, calibration: Calibration, scales: dict[int, LayerScales], config: QuantConfig,
+        writer: QuantizedWriter, progress: Progress,
+    ) -> None:
+        self._model, self._calibration, self._scales, self._config = model, calibration, scales, config
+        self._writer, self._progress = writer, progress
+
+    @torch.no_grad()
+    def run(self, info: dict[str, Any]) -> None:
+        layers = self._model.spec.num_layers
+        with ActivationStore() as train_store, ActivationStore() as heldout_store:
+            train, heldout = (self._prepare(store, held) for store, held in ((train_store, False), (heldout_store, True)))
+            samples = [s for s, h in zip(self._calibration.samples, self._calibration.heldout, strict=True) if h]
+            judge = Judge(self._model, samples, heldout.batches, heldout.store)
+            rho = torch.tensor([balanced_rho(self._calibration.gamma, train.batches), 1.0])
+            start, log = self._restore({"train": train, "heldout": heldout})
+            if start:
+                self._progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
+            for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
+                log.append(self._layer(index, train, heldout, judge, rho))
+                self._save({"train": train, "heldout": heldout}, index + 1, log)
+        info.update(layers=log, heldout_kl=log[-1]["kl"][log[-1]["weighting"]], rho_text=float(rho[0]),
+                    heldout_samples=len(samples))
+        chosen = ", ".join(entry["weighting"] for entry in log)
+        self._progress.note(f"weightings by layer: {chosen}; held-out final-logit KL {info['heldout_kl']:.3g}")
+
+    def _prepare(self, store: ActivationStore, held: bool) -> Stream:
+        chosen = [s for s, h in zip(self._calibration.samples, self._calibration.heldout, strict=True) if h == held]
+        batches = list(prepare_batches(self._model, chosen, store, stream="fp"))
+        for batch in batches:
+            store.put(f"q/{batch.index}", store.get(f"fp/{batch.index}"))
+        return Stream(batches, store)
+
+    def _layer(self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor) -> dict[str, Any]:
+        """Quantize one layer, keep the best weighting, write it, and move both streams behind it; the layer's log entry."""
+        folded = fold_layer(load_layer(self._model, index), self._scales.get(index, LayerScales()))
+        quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
+        wanted = WEIGHTINGS if self._config.weighting == "auto" else (self._config.weighting,)
+        candidates: dict[Weighting, DecoderLayer] = {}
+        for weighting in wanted:
+            candidates[weighting] = quantizer.quantize(weighting)
+            quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
+        found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
+        kl = {weighting: found[f"out.{weighting}"] for weighting in wanted}
+        best = min(wanted, key=lambda weighting: kl[weighting])
+        layer = candidates[best]
+        for side, stream in (("train", train), ("heldout", heldout)):
+            quantizer.outputs(layer, best, side, "q.next")
+            for batch in stream.batches:
+                for name in ("fp", "q"):
+                    stream.store.put(f"{name}/{batch.index}", stream.store.get(f"{name}.next/{batch.index}"))
+                    stream.store.drop(f"{name}.next/{batch.index}")
+        quantizer.release()
+        self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
+        return {"layer": index, "weighting": best, "kl": kl}
+
+    def _save(self, streams: dict[str, Stream], next_layer: int, log: list[dict[str, Any]]) -> None:
+        """Keep what the next layer starts from: written beside, synced and renamed, so that it is whole or not there."""
+        work = self._writer.work_dir
+        temporary = work / f"{STATE}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if next_layer < self._model.spec.num_layers:
+            for side, stream in streams.items():
+                for batch in stream.batches:
+                    rows = {name: TensorToWrite.of(stream.store.get(f"{name}/{batch.index}")) for name in ("fp", "q")}
+                    write_safetensors(temporary / f"{side}.{batch.index}.safetensors", rows)
+        bundle.write_json(temporary / "log.json", log)
+        # The new state is in place before the old one goes, so that a kill in between loses nothing.
+        temporary.rename(work / f"{STATE}.{next_layer}")
+        shutil.rmtree(work / f"{STATE}.{next_layer - 1}", ignore_errors=True)
+
+    def _restore(self, streams: dict[str, Stream]) -> tuple[int, list[dict[str, Any]]]:
+        """The layer to go on with, and the log of those before it; streams are moved there."""
+        layers = self._model.spec.num_layers
+        for index in range(layers, 0, -1):
+            state = self._writer.work_dir / f"{STATE}.{index}"
+            if not state.is_dir() or not all(self._writer.has_layer(i) for i in range(index)):
+                continue
+            for side, stream in streams.items() if index < layers else ():
+                for batch in stream.batches:
+                    with safe_open(state / f"{side}.{batch.index}.safetensors", framework="pt") as file:
+                        for name in ("fp", "q"):
+                            stream.store.put(f"{name}/{batch.index}", file.get_tensor(name))
+            return index, json.loads((state / "log.json").read_text(encoding="utf-8"))
+        return 0, []
+
+
+def _drop_states(work: Path) -> None:
+    for state in work.glob(f"{STATE}.*"):
+        shutil.rmtree(state)
+
+
+def layer_bytes(model: MoEVLM) -> dict[str, int]:
+    """Bytes on disk of the quantized weights with their scales, and what the same weights take in 16 bits."""
+    taken = full = 0
+    for name in model.names():
+        if model.recipe(name) == "float":
+            continue
+        weight = model.qtensor(name)
+        taken += weight.qvalue.numel() * weight.num_bits // 8 + weight.scale.numel() * 2
+        taken += 0 if weight.group_multiplier is None else weight.group_multiplier.numel()
+        full += weight.qvalue.numel() * 2
+    return {"quantized_bytes": taken, "quantized_bytes_in_16_bits": full}

@@ -1,0 +1,75 @@
+"""MBQ's gamma: how much more the loss depends on a text token than on a vision token (arXiv 2412.19509)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ecmfq_export.errors import UserError
+from ecmfq_export.models.moe_vlm import MoEVLM
+from ecmfq_export.models.torch_decoder import decoder_logits, load_layer
+from ecmfq_export.progress import Progress
+from ecmfq_export.quant.token_weights import TEXT, VISION
+from ecmfq_export.runtime.sample import ProcessedSample
+from ecmfq_export.stages.streams import ActivationStore, add_deepstack, advance, prepare_batches
+
+NUM_SAMPLES = 32
+
+
+def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progress) -> tuple[float, dict[str, object]]:
+    """Median over layers of mean |dL/d output| of text tokens over that of vision tokens, L the loss of the answers.
+
+    At most 32 samples that have an image and an answer. Gradients go back one layer at a time, each layer's forward pass run
+    again from its stored input, so that memory stays that of one layer.
+
+    Returns:
+        gamma, and the ratio of each layer for the report.
+
+    Raises:
+        UserError: no sample has both an image and an answer.
+    """
+    usable = [s for s in samples if s.pixel_values is not None and s.answer_mask.any()][:NUM_SAMPLES]
+    if not usable:
+        raise UserError("gamma_text = 0 measures loss gradients, but no calibration sample has both an image and an answer",
+                        "give answers, or set gamma_text, e.g. to 10")
+    layers = model.spec.num_layers
+    sums = torch.zeros(layers, 2, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64)
+    with ActivationStore() as store:
+        batches = list(prepare_batches(model, usable, store, stream="input.0"))
+        for index in range(layers):
+            advance(load_layer(model, index), index, batches, store, f"input.{index}", into=f"input.{index + 1}")
+        for batch in batches:
+            hidden = store.get(f"input.{layers}/{batch.index}").clone().requires_grad_()
+            length = batch.types.shape[1]
+            ids = _padded([usable[i].input_ids for i in batch.samples], length)[:, 1:]
+            answers = _padded([usable[i].answer_mask for i in batch.samples], length)[:, 1:].bool()
+            logits = decoder_logits(model, hidden)[:, :-1]
+            loss = F.cross_entropy(logits[answers], ids[answers], reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, hidden)
+            store.put(f"gradient/{batch.index}", gradient)
+            for modality in (TEXT, VISION):
+                counts[modality] += int(((batch.types == modality) & batch.valid).sum())
+        for index in progress.track(reversed(range(layers)), "measure text and vision gradients", layers):
+            layer = load_layer(model, index)
+            for batch in batches:
+                gradient = store.get(f"gradient/{batch.index}")
+                for modality in (TEXT, VISION):
+                    inside = (batch.types == modality) & batch.valid
+                    sums[index, modality] += gradient[inside].abs().mean(-1).double().sum()
+                hidden = store.get(f"input.{index}/{batch.index}").clone().requires_grad_()
+                with torch.enable_grad():
+                    out = add_deepstack(layer.forward(hidden, batch.cos, batch.sin, batch.mask), index, batch, store)
+                    (earlier,) = torch.autograd.grad(out, hidden, gradient)
+                store.put(f"gradient/{batch.index}", earlier)
+    ratios = (sums[:, TEXT] / counts[TEXT]) / (sums[:, VISION] / counts[VISION]).clamp_min(1e-30)
+    gamma = float(ratios[torch.isfinite(ratios)].median())
+    return gamma, {"gamma_by_layer": ratios.tolist(), "gamma_samples": len(usable)}
+
+
+def _padded(rows: list[np.ndarray], length: int) -> torch.Tensor:
+    out = torch.zeros(len(rows), length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.from_numpy(np.asarray(row, np.int64))
+    return out
