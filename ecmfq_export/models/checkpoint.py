@@ -255,9 +255,7 @@ def _read_sharded(path: Path, index: Path) -> dict[str, TensorEntry]:
     for shard in shards:
         for name, entry in read_header(path / shard).items():
             if name in entries:
-                raise CheckpointError(
-                    f"tensor '{name}' is in {entries[name].file.name} and in {shard}", "remove one of the two"
-                )
+                raise CheckpointError(f"tensor '{name}' is in {entries[name].file.name} and in {shard}", "remove one of the two")
             if name not in weight_map:
                 raise CheckpointError(
                     f"{shard} holds '{name}', which {INDEX_FILE} does not list",
@@ -291,7 +289,7 @@ def _nothing_found(path: Path) -> tuple[str, str]:
     if pickles:
         return (
             f"{path} holds pickled weights only: {preview(pickles)}",
-            "only safetensors is read, since unpickling runs code; save the model with save_pretrained(safe_serialization=True)",
+            "only safetensors is read, since unpickling runs code; save the model again with transformers 5",
         )
     return f"{path} holds no {SINGLE_FILE}", "give the directory of a Hugging Face checkpoint in safetensors"
 

@@ -117,9 +117,7 @@ class QuantizedSource:
         if multiplier is not None:
             multiplier = multiplier.view(*shape[:-1], -1)
         try:
-            weight = QTensor(
-                qvalue.view(shape), scale.view(shape[:-1]), self.scheme.num_bits, self.scheme.group_size, multiplier
-            )
+            weight = QTensor(qvalue.view(shape), scale.view(shape[:-1]), self.scheme.num_bits, self.scheme.group_size, multiplier)
         except UserError as error:
             raise CheckpointError(
                 f"'{flat[0]}': {error.what}", "the checkpoint was damaged, or was not quantized symmetrically"
@@ -187,9 +185,7 @@ def read_quantization(
             continue
         schemes = {_match(module, groups, ignore) for parts in modules for module in parts}
         if len(schemes) > 1:
-            raise UnsupportedError(
-                f"quantization_config gives the experts of '{name}' different schemes", "give all one scheme"
-            )
+            raise UnsupportedError(f"quantization_config gives the experts of '{name}' different schemes", "give all one scheme")
         scheme = schemes.pop()
         if scheme is not None:
             if name.startswith("vision."):

@@ -16,7 +16,7 @@ from ecmfq_export.models import torch_math
 from ecmfq_export.models.inputs import DecoderInputs
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
 from ecmfq_export.models.spec import DecoderLayerSpec, MoESpec
-from ecmfq_export.models.torch_math import Dispatch, Routing, quantized_linear
+from ecmfq_export.models.torch_math import Dispatch, IntegerWeight, Routing, quantized_grouped_linear, quantized_linear
 from ecmfq_export.quant.activation import quantize_per_token
 from ecmfq_export.quant.qtensor import QTensor
 
@@ -51,6 +51,7 @@ class DecoderLayer:
     eps: float
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     quantized: dict[str, QTensor] = field(default_factory=dict)
+    _widened: dict[str, tuple[QTensor, IntegerWeight]] = field(default_factory=dict, repr=False)
 
     def forward(
         self,
@@ -138,7 +139,8 @@ class DecoderLayer:
         row, integer products, slots summed in ascending order.
         """
         where = self.dispatch(routing)
-        return self.combine(self.expert_down(self.expert_intermediate(x, where), where), where, routing)
+        rows = self.expert_down(self.expert_intermediate(x, where), where)
+        return self.combine(rows, where, routing).to(x.dtype)
 
     def dispatch(self, routing: Routing) -> Dispatch:
         """The routed pairs sorted by expert."""
@@ -149,9 +151,7 @@ class DecoderLayer:
         name = "mlp.experts.gate_up_proj"
         if name in self.quantized:
             qx, scale = quantize_per_token(x)
-            gate_up = torch_math.quantized_grouped_linear(
-                qx[where.token], scale[where.token], self.quantized[name], where.offsets, where.expert
-            )
+            gate_up = quantized_grouped_linear(qx[where.token], scale[where.token], self._integers(name), where)
         else:
             gate_up = torch_math.grouped_linear(x[where.token], self.tensors[name], where.offsets)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -162,7 +162,7 @@ class DecoderLayer:
         name = "mlp.experts.down_proj"
         if name in self.quantized:
             qx, scale = quantize_per_token(inner)
-            return torch_math.quantized_grouped_linear(qx, scale, self.quantized[name], where.offsets, where.expert)
+            return quantized_grouped_linear(qx, scale, self._integers(name), where)
         return torch_math.grouped_linear(inner, self.tensors[name], where.offsets)
 
     def combine(self, rows: torch.Tensor, where: Dispatch, routing: Routing) -> torch.Tensor:
@@ -172,10 +172,17 @@ class DecoderLayer:
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The dense projection of canonical suffix `name` (without ``.weight``), floating or quantized."""
         bias = self.tensors.get(f"{name}.bias")
-        weight = self.quantized.get(f"{name}.weight")
-        if weight is not None:
-            return quantized_linear(x, weight, bias).to(x.dtype)
+        if f"{name}.weight" in self.quantized:
+            return quantized_linear(x, self._integers(f"{name}.weight"), bias).to(x.dtype)
         return F.linear(x, self.tensors[f"{name}.weight"], bias)
+
+    def _integers(self, name: str) -> IntegerWeight:
+        """The widened form of a quantized weight, kept until another QTensor takes its place."""
+        weight = self.quantized[name]
+        kept = self._widened.get(name)
+        if kept is None or kept[0] is not weight:
+            kept = self._widened[name] = (weight, IntegerWeight.of(weight))
+        return kept[1]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.spec.attention.head_dim)).transpose(1, 2)

@@ -5,6 +5,7 @@ Everything takes gradients where its inputs do, and nothing loops over experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.models.spec import GqaSpec, RouterSpec
 from ecmfq_export.quant.activation import quantize_per_token
-from ecmfq_export.quant.qtensor import QTensor, grid_limit
+from ecmfq_export.quant.qtensor import GROUP, QTensor, grid_limit
 
 _EXACT = (1 << 24) - 1
 """Integers up to here, and so sums that stay below it, are exact in float32 whatever the order of summation."""
@@ -141,7 +142,7 @@ def _padded_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
 def combine(rows: torch.Tensor, where: Dispatch, topk_weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of the experts' outputs, rows [T * top_k, hidden] to [T, hidden], in ascending slot order."""
     tokens, top_k = topk_weights.shape
-    slots = rows[where.inverse].view(tokens, top_k, -1)
+    slots = rows[where.inverse].view(tokens, top_k, rows.shape[-1])
     weights = topk_weights.to(rows.dtype)
     total = slots[:, 0] * weights[:, 0, None]
     for slot in range(1, top_k):
@@ -149,47 +150,71 @@ def combine(rows: torch.Tensor, where: Dispatch, topk_weights: torch.Tensor) -> 
     return total
 
 
-def quantized_linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A quantized weight ready for exact integer products in float32 arithmetic.
+
+    Attributes:
+        values: float32 [..., N, K], the integers (group multipliers included).
+        scale: float32 [..., N].
+        parts: column slices whose products with int8 activations stay below 2^24, so that float32 sums are exact.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    parts: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, weight: QTensor) -> IntegerWeight:
+        """Widen `weight`; four bytes a value."""
+        values, largest = weight.qvalue.float(), grid_limit(weight.num_bits)
+        if weight.group_multiplier is not None:
+            values.unflatten(-1, (-1, GROUP)).mul_(weight.group_multiplier.float().unsqueeze(-1))
+            largest *= int(weight.group_multiplier.max())
+        step = max(1, _EXACT // (127 * largest))
+        columns = values.shape[-1]
+        parts = tuple(slice(start, min(start + step, columns)) for start in range(0, columns, step))
+        return cls(values, weight.scale, parts)
+
+
+def quantized_linear(x: torch.Tensor, weight: QTensor | IntegerWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Dynamic per-token int8 activations times an integer weight: ``(acc * act_scale) * weight_scale``, float32.
 
     Args:
         x: floating [..., K].
         weight: of shape [N, K].
         bias: [N], added last.
+
+    Raises:
+        UserError: NaN or infinity in `x`.
     """
+    weight = IntegerWeight.of(weight) if isinstance(weight, QTensor) else weight
     qx, act_scale = quantize_per_token(x)
-    acc = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.int64)
-    for part in _exact_columns(weight):
-        block = weight.integer()[:, part].float()
-        acc += torch.matmul(qx[..., part].float(), block.t()).long()
-    out = acc.float() * act_scale * weight.scale
+    acc = _exact_sum(torch.matmul(qx[..., part].float(), weight.values[:, part].t()) for part in weight.parts)
+    out = acc * act_scale * weight.scale
     return out if bias is None else out + bias.float()
 
 
-def quantized_grouped_linear(
-    qx: torch.Tensor, act_scale: torch.Tensor, weight: QTensor, offsets: torch.Tensor, expert: torch.Tensor
-) -> torch.Tensor:
-    """:func:`quantized_linear` for rows sorted by expert, which are quantized already.
+def quantized_grouped_linear(qx: torch.Tensor, act_scale: torch.Tensor, weight: IntegerWeight, where: Dispatch) -> torch.Tensor:
+    """:func:`quantized_linear` for routed rows that are quantized already.
 
     Args:
-        qx: int8 [rows, K]; act_scale: float32 [rows, 1].
+        qx: int8 [rows, K], rows as in `where`; act_scale: float32 [rows, 1].
         weight: [E, N, K].
-        offsets, expert: of the :class:`Dispatch`.
 
     Returns:
         float32 [rows, N].
     """
-    parts = _exact_columns(weight)
-    integers = weight.integer()
-    acc = sum(grouped_linear(qx[:, p].float(), integers[:, :, p].float(), offsets).long() for p in parts)
-    return acc.float() * act_scale * weight.scale[expert]
+    acc = _exact_sum(grouped_linear(qx[:, part].float(), weight.values[:, :, part], where.offsets) for part in weight.parts)
+    return acc * act_scale * weight.scale[where.expert]
 
 
-def _exact_columns(weight: QTensor) -> list[slice]:
-    """Column slices whose integer products stay exact in a float32 matrix product: 127 · largest weight · K < 2^24."""
-    largest = grid_limit(weight.num_bits)
-    if weight.group_multiplier is not None and weight.group_multiplier.numel():
-        largest *= int(weight.group_multiplier.max())
-    step = max(1, _EXACT // (127 * largest))
-    columns = weight.shape[-1]
-    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
+def _exact_sum(products: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of integer-valued float32 tensors, rounded to float32 once, as an int32 accumulator is when it is converted."""
+    first, *others = products
+    if not others:
+        return first
+    total = first.double()
+    for product in others:
+        total += product
+    return total.float()

@@ -10,7 +10,6 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
@@ -145,3 +144,165 @@ def test_lm_head_and_uneven_layers(source: MoEVLM, tmp_path: Path) -> None:
     written = writer.finish({"lm_head.weight": quantize_rtn(source.tensor("lm_head.weight").float(), 8)})
     assert written.recipe("lm_head.weight") == "w8a8"
     assert [written.recipe(f"layers.{i}.self_attn.q_proj.weight") for i in range(3)] == ["float", "w8a8", "w8a8"]
+
+
+def test_transformers_loads_it(tmp_path: Path) -> None:
+    """With per-expert conversions registered for the family (5.23 has them for its text-only siblings alone), from_pretrained
+    dequantizes the whole checkpoint to our values, rounded to the float16 of the stored scales. (It takes one scheme for all that
+    is no expert, so not W4 dense layers beside W8 attention.)"""
+    from transformers import CompressedTensorsConfig, Qwen3VLMoeForConditionalGeneration
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+    quantized = write(open_model(make_qwen3_vl_moe(tmp_path / "float")), tmp_path / "out")
+    own = get_checkpoint_conversion_mapping("qwen3_vl_moe")
+    per_expert = get_checkpoint_conversion_mapping("qwen2_moe")
+    register_checkpoint_conversion_mapping("qwen3_vl_moe", per_expert, overwrite=True)
+    try:
+        model, info = Qwen3VLMoeForConditionalGeneration.from_pretrained(
+            quantized.path, dtype=torch.float32, output_loading_info=True,
+            quantization_config=CompressedTensorsConfig(dequantize=True),
+        )  # fmt: skip
+    finally:
+        register_checkpoint_conversion_mapping("qwen3_vl_moe", own, overwrite=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = model.state_dict()
+    for name in quantized.names():
+        ours = quantized.tensor(name)
+        ours = ours.float() if quantized.recipe(name) == "float" else ours.half().float()
+        assert torch.equal(state[quantized.family.disk_name(name)], ours), name
+
+
+def test_resumes_after_an_interruption(source: MoEVLM, quantized: MoEVLM, tmp_path: Path) -> None:
+    writer = QuantizedWriter(tmp_path, source)
+    writer.write_layer(0, quantize_layer(source, 0))
+    writer.write_layer(1, quantize_layer(source, 1))
+    shard = tmp_path / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    again = QuantizedWriter(tmp_path, source)
+    assert [again.has_layer(index) for index in range(3)] == [True, False, False]
+    with pytest.raises(CheckpointError, match="lacks 2 layers, the first is 1"):
+        again.finish()
+    for index in (1, 2):
+        again.write_layer(index, quantize_layer(source, index))
+    again.finish()
+    for file in sorted(quantized.path.iterdir()):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_floats_keep_their_dtype_and_power_of_two_folds(source: MoEVLM, tmp_path: Path) -> None:
+    writer = QuantizedWriter(tmp_path, source)
+    norm = source.tensor("layers.0.input_layernorm.weight").float() / 4
+    writer.write_layer(0, {"input_layernorm.weight": norm})
+    for index in (1, 2):
+        writer.write_layer(index, {})
+    written = writer.finish({"norm.weight": source.tensor("norm.weight").float() * 2})
+    assert written.quantization is None
+    back = written.tensor("layers.0.input_layernorm.weight")
+    assert back.dtype == torch.bfloat16 and torch.equal(back.float(), norm)
+    with pytest.raises(CheckpointError, match="overflows torch.bfloat16"):
+        writer.write_layer(0, {"input_layernorm.weight": torch.full_like(norm, 3.4e38)})
+    assert writer.has_layer(0)
+
+
+def test_misuse(source: MoEVLM, quantized: MoEVLM, tmp_path: Path) -> None:
+    writer = QuantizedWriter(tmp_path, source)
+    with pytest.raises(ValueError, match="takes no tensor named"):
+        writer.write_layer(0, {"mlp.experts.gate_proj": torch.zeros(1)})
+    with pytest.raises(ValueError, match="expected \\[8, 128, 96\\]"):
+        writer.write_layer(0, {"mlp.experts.down_proj": torch.zeros(8, 96, 128)})
+    with pytest.raises(ValueError, match="cannot be quantized"):
+        writer.write_layer(0, {"mlp.router.weight": quantize_rtn(source.tensor("layers.0.mlp.router.weight").float(), 8)})
+    with pytest.raises(ValueError, match="quantized already"):
+        QuantizedWriter(tmp_path, quantized)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_group_scales_split_exactly(groups: int) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    scale = (2.0 ** torch.randint(-24, 10, (500,), generator=generator) * (1 + torch.rand(500, generator=generator)))
+    scale = scale.clamp_min(2.0**-24).half().float()
+    multiplier = torch.randint(1, 128, (500, groups), dtype=torch.int8, generator=generator)
+    joined = join_scales(scale, multiplier)
+    back_scale, back_multiplier = split_scales(joined, "x")
+    assert torch.equal(join_scales(back_scale, back_multiplier), joined)
+    assert bool((back_multiplier <= multiplier).all()) and torch.equal(back_scale.half().float(), back_scale)
+
+
+@pytest.mark.parametrize("scales", [[[1.0, 1 + 2**-20]], [[1.0, 1e9]], [[float("nan"), 1.0]], [[0.0, 1.0]], [[-1.0, 1.0]]])
+def test_other_group_scales_are_refused(scales: list) -> None:
+    with pytest.raises(CheckpointError, match="'x'"):
+        split_scales(torch.tensor(scales), "x")
+
+
+def edit_shard(source: Path, target: Path, changes: dict) -> None:
+    """Copy a checkpoint with tensors of its first shard replaced (or removed, None)."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    shard = target / "model-00001-of-00004.safetensors"
+    tensors = load_file(shard)
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name])
+    save_file(tensors, shard)
+
+
+EXPERT = "model.language_model.layers.0.mlp.experts.3.gate_proj."
+QUERY = "model.language_model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (EXPERT + "weight_packed", lambda t: t[:, :-1].contiguous(), "expected torch.int32 \\[96, 16\\]"),
+        (EXPERT + "weight_packed", lambda t: torch.zeros_like(t), "spans \\[-8, "),
+        (EXPERT + "weight_shape", lambda t: t + 1, "says \\[97, 129\\]"),
+        (EXPERT + "weight_scale", lambda t: -t, "scales span"),
+        (EXPERT + "weight_scale", lambda t: t * float("nan"), "holds nan"),
+        (EXPERT + "weight_scale", lambda t: t.float() + 1e-7, "not float16 values"),
+        (QUERY + "weight", lambda t: t.float(), "expected torch.int8"),
+        (QUERY + "weight", lambda t: torch.full_like(t, -128), "spans \\[-128, "),
+    ],
+)
+def test_damaged_quantized_tensors(quantized: MoEVLM, tmp_path: Path, name: str, change, message: str) -> None:
+    edit_shard(quantized.path, tmp_path / "bad", {name: change})
+    with pytest.raises(CheckpointError, match=message):
+        bad = open_model(tmp_path / "bad")
+        for canonical in ("layers.0.mlp.experts.gate_up_proj", "layers.0.self_attn.q_proj.weight"):
+            bad.qtensor(canonical)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["quant_method"], "fp8", "method 'fp8'"),
+        (["quantization_status"], "frozen", "quantization_status 'frozen'"),
+        (["kv_cache_scheme"], {"num_bits": 8}, "kv_cache_scheme"),
+        (["config_groups"], {}, "no config_groups"),
+        (["config_groups", "group_0", "weights", "num_bits"], 3, "num_bits = 3"),
+        (["config_groups", "group_0", "weights", "symmetric"], False, "weights.symmetric = False"),
+        (["config_groups", "group_0", "weights", "strategy"], "tensor", "weights.strategy = 'tensor'"),
+        (["config_groups", "group_0", "weights", "type"], "float", "weights.type = 'float'"),
+        (["config_groups", "group_0", "input_activations"], None, "lacks weights, input_activations"),
+        (["config_groups", "group_0", "input_activations", "dynamic"], False, "input_activations.dynamic = False"),
+        (["config_groups", "group_0", "format"], "int-quantized", "format = 'int-quantized'"),
+        (["config_groups", "group_0", "targets"], ["re:("], "pattern 're:\\('"),
+        (["config_groups", "group_0", "targets"], ["re:.*experts.[0-6].*"], "different schemes"),
+        (["ignore"], [], None),
+        (["ignore"], ["re:.*self_attn.*"], "12 tensors that no part"),
+    ],
+)
+def test_other_quantization_configs(quantized: MoEVLM, tmp_path: Path, path: list, value, message: str | None) -> None:
+    target = tmp_path / "other"
+    edit_shard(quantized.path, target, {})
+    config = json.loads((target / "config.json").read_text())
+    node = config["quantization_config"]
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (target / "config.json").write_text(json.dumps(config))
+    if message is None:
+        assert open_model(target).quantization.recipes == quantized.quantization.recipes
+    else:
+        with pytest.raises((CheckpointError, UnsupportedError), match=message):
+            open_model(target)

@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from ecmfq_export.errors import UserError
 from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import open_model
-from ecmfq_export.models.torch_decoder import LayerCache, decoder_logits, load_layer, run_decoder
+from ecmfq_export.models.torch_decoder import decoder_logits, load_layer, run_decoder
 from ecmfq_export.runtime.sample import ProcessedSample
-from tests.tiny_models import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, make_qwen3_vl_moe, random_sample
+from tests.tiny_models import IMAGE_TOKEN_ID, make_qwen3_vl_moe, random_sample
 
 BATCHES = {
     "text": [random_sample(1), random_sample(2, text=9)],
