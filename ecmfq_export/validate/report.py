@@ -136,15 +136,15 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _layers_table(report: dict[str, Any]) -> Table:
-    table = Table("layer", "SQNR dB", "cosine", "same experts", "ONNX SQNR dB", "ONNX cosine",
+    table = Table("layer", "SQNR dB", "cosine", "same experts", "ONNX SQNR dB", "ONNX median error",
                   title="hidden states: quantized against floating point; ONNX Runtime against quantized PyTorch",
                   title_justify="left")  # fmt: skip
     for layer in report["layers"]:
         quantized, onnx = layer["float_vs_quantized"], layer["quantized_vs_onnx"]
         same = layer["same_experts"]
         table.add_row(str(layer["index"]), decibel(quantized["sqnr_db"]), f"{quantized['cosine']:.5f}",
-                      "" if same is None else f"{same:.1%}", decibel(onnx["sqnr_db"]) if onnx else "",
-                      f"{onnx['cosine']:.6f}" if onnx else "")  # fmt: skip
+                      "" if same is None else f"{same:.1%}", decibel(onnx["sqnr_db"]),
+                      f"{onnx['median_error']:.1e}")  # fmt: skip
     return table
 
 

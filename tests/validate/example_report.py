@@ -29,8 +29,9 @@ def example_report(questions: int = 240, **changes: Any) -> dict[str, Any]:
     right["onnx"] = right["quantized"]
     histogram = np.histogram(generator.normal(-4, 1, 500), EDGES)[0].tolist()
     layers = [
-        {"index": i, "float_vs_quantized": {"sqnr_db": 30.0 - 2 * i, "cosine": 0.999, "max_abs": 0.1},
-         "quantized_vs_onnx": {"sqnr_db": None if i == 0 else 60.0 - i, "cosine": 1.0, "max_abs": 1e-3}, "same_experts": 0.98,
+        {"index": i, "float_vs_quantized": {"sqnr_db": 30.0 - 2 * i, "cosine": 0.999, "max_abs": 0.1, "median_error": 0.01},
+         "quantized_vs_onnx": {"sqnr_db": None if i == 0 else 60.0 - i, "cosine": 1.0, "max_abs": 1e-3, "median_error": 2e-7},
+         "same_experts": 0.98,
          "expert_usage": {"text": generator.integers(0, 90, 16).tolist(), "vision": generator.integers(0, 90, 16).tolist()}}
         for i in range(4)
     ]  # fmt: skip
@@ -39,7 +40,7 @@ def example_report(questions: int = 240, **changes: Any) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "model": {"family": "qwen3_vl_moe", "layers": 4, "hidden_size": 128, "experts": 16, "top_k": 4, "quantized": True},
         "settings": {"items": questions, "positions": "tokens of held-out answers", "tapped_items": 6, "onnx_dtype": "float16"},
-        "vision": [{"output": "image features", "sqnr_db": 61.0, "cosine": 1.0, "max_abs": 1e-3}],
+        "vision": [{"output": "image features", "sqnr_db": 61.0, "cosine": 1.0, "max_abs": 1e-3, "median_error": 2e-7}],
         "layers": layers,
         "logits": {"float_vs_quantized": _comparison(8e-4, 0.998), "quantized_vs_onnx": _comparison(1e-5, 1.0),
                    "prefill_vs_decode": _comparison(0.0, 1.0)},

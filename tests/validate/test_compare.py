@@ -24,6 +24,7 @@ def test_sqnr_and_cosine_by_hand():
     assert difference.sqnr_db == pytest.approx(20.0)
     assert difference.cosine == pytest.approx((9 + 14) / (5 * math.sqrt(9 + 12.25)))
     assert difference.max_abs == 0.5
+    assert difference.median_error == pytest.approx(0.1)
 
 
 def test_batches_add_up_to_the_whole():
@@ -35,6 +36,15 @@ def test_batches_add_up_to_the_whole():
     for i in range(6):
         parts.add(x[i], y[i])
     assert parts.as_dict() == pytest.approx(whole.as_dict())
+
+
+def test_median_error_shows_the_typical_row():
+    x = np.ones((5, 4))
+    y = x.copy()
+    y[2] = 100.0
+    difference = Difference()
+    difference.add(x, y)
+    assert difference.median_error == 0.0 and difference.sqnr_db < 0
 
 
 def test_equal_and_zero_tensors():
