@@ -82,14 +82,14 @@ int index_of(const char* name) noexcept {
     return -1;
 }
 
-// `length` is not read: the ONNX parser leaves it at 0 or 1 for scalars.
-bool read_int(const PluginField& field, int32_t& value) noexcept {
+// `length` is not read: the ONNX parser leaves it at 0 or 1 for scalars. An engine holds int32 alone, as it was written.
+bool read_int(const PluginField& field, bool from_engine, int32_t& value) noexcept {
     if (field.data == nullptr) return false;
     if (field.type == PluginFieldType::kINT32) {
         std::memcpy(&value, field.data, sizeof value);
         return true;
     }
-    if (field.type == PluginFieldType::kINT64) {
+    if (field.type == PluginFieldType::kINT64 && !from_engine) {
         int64_t wide = 0;
         std::memcpy(&wide, field.data, sizeof wide);
         value = static_cast<int32_t>(wide);
@@ -147,7 +147,7 @@ bool read_fields(const char* node, const PluginFieldCollection* fields, bool fro
             if (!read_enum(node, field, kActivations, "'silu_glu'", values[index])) return false;
         } else if (!from_engine && index == kLayout) {
             if (!read_enum(node, field, kLayouts, "'row_major', 'mma_s8'", values[index])) return false;
-        } else if (!read_int(field, values[index])) {
+        } else if (!read_int(field, from_engine, values[index])) {
             refuse(node, kNames[index], "not a 32-bit integer", "one integer");
             return false;
         }
