@@ -13,7 +13,7 @@ from ecmfq_export import __version__
 from ecmfq_export.errors import UserError
 from ecmfq_export.runtime.images import load_rgb
 from ecmfq_export.validate import plots
-from ecmfq_export.validate.report import decibel, failures
+from ecmfq_export.validate.report import decibel, failures, recall_label
 
 _THUMBNAIL = 72
 _CSS = """
@@ -120,6 +120,8 @@ def _accuracy_note(report: dict[str, Any]) -> str:
     for name, difference in report["paired"].items():
         parts.append(f"{name}: {difference['difference']:+.2%} (95% {difference['low']:+.2%} to {difference['high']:+.2%}, "
                      f"p = {difference['p_value']:.2g}, paired bootstrap)")  # fmt: skip
+    for name, share in report["same_answers"].items():
+        parts.append(f"{name}: {share:.1%} of greedy answers are the same text")
     return f'<p class="note">{escape("; ".join(parts))}. Whiskers: 95% Wilson intervals.</p>'
 
 
@@ -129,7 +131,7 @@ def _retrieval(retrieval: dict[str, Any]) -> str:
         (plots.MODEL_LABELS[model], *("" if values[n] is None else f"{values[n]:.1%}" for n in names))
         for model, values in retrieval["recalls"].items()
     ]
-    head = ("model", *(n.replace("_", " ") for n in names))
+    head = ("model", *map(recall_label, names))
     return (
         f"<section><h2>Caption retrieval</h2>{_table(head, rows, numbers=set(range(1, len(head))))}"
         f'<p class="note">{retrieval["candidates"]} images and their captions, ranked both ways by log P(yes) - log P(no); '

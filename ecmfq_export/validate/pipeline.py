@@ -218,27 +218,30 @@ class _Study:
     def _accuracy(self) -> dict[str, Any]:
         questions = self.prompts.questions
         if not questions:
-            return {"accuracy": None, "retention": None, "paired": None, "items": []}
+            return {"accuracy": None, "retention": None, "paired": None, "same_answers": None, "items": []}
         answers = [s.input_ids[s.answer_mask] for s in self.prompts.samples]
         types = [q.type for q in questions]
         correct = {m: np.array([exact_match(p, a) for p, a in zip(self.predicted[m], answers, strict=True)]) for m in MODELS}
         base = int(correct["float"].sum())
         retention = {m: int(correct[m].sum()) / base if base else None for m in MODELS[1:]}
+        said = {m: [_greedy_part(p, a) for p, a in zip(self.predicted[m], answers, strict=True)] for m in MODELS}
+        pairs = (("float", "quantized"), ("quantized", "onnx"))
+        same = {f"{a}, {b}": float(np.mean([np.array_equal(x, y) for x, y in zip(said[a], said[b], strict=True)])) for a, b in pairs}
         paired = {f"{b} - {a}": dataclasses.asdict(paired_bootstrap(correct[a], correct[b]))
-                  for a, b in (("float", "quantized"), ("quantized", "onnx"))}  # fmt: skip
+                  for a, b in pairs}  # fmt: skip
         return {"accuracy": {m: accuracy_by_type(types, correct[m]) for m in MODELS}, "retention": retention,
-                "paired": paired, "items": self._worst(answers, correct)}  # fmt: skip
+                "paired": paired, "same_answers": same, "items": self._worst(said, correct)}  # fmt: skip
 
-    def _worst(self, answers: list[np.ndarray], correct: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    def _worst(self, said: dict[str, list[np.ndarray]], correct: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         """The questions where quantization changed most: lost answers first, then by KL."""
         lost = correct["float"] & ~(correct["quantized"] & correct["onnx"])
-        order = sorted(range(len(answers)), key=lambda i: (not lost[i], -self.item_kl[i]))[:_WORST]
+        order = sorted(range(len(lost)), key=lambda i: (not lost[i], -self.item_kl[i]))[:_WORST]
         rows = []
         for i in order:
             question = self.prompts.questions[i]
-            said = {m: self.processor.decode(_greedy_part(self.predicted[m][i], answers[i])) for m in MODELS}
+            texts = {m: self.processor.decode(said[m][i]) for m in MODELS}
             rows.append({"index": i, "question": question.question, "answer": question.answer, "type": question.type,
-                         "kl": self.item_kl[i], "said": said, "correct": {m: bool(correct[m][i]) for m in MODELS}})  # fmt: skip
+                         "kl": self.item_kl[i], "said": texts, "correct": {m: bool(correct[m][i]) for m in MODELS}})  # fmt: skip
         return rows
 
     def retrieval(self) -> dict[str, Any] | None:
@@ -263,7 +266,10 @@ class _Study:
 
 
 def _greedy_part(predicted: np.ndarray, answer: np.ndarray) -> np.ndarray:
-    """Tokens that greedy decoding is known to give: up to the first that differs from the answer, it included."""
+    """Tokens that greedy decoding is known to give: up to the first that differs from the answer, it included.
+
+    Two models with equal such parts give the same answer up to there, and the whole answer where it is right.
+    """
     wrong = np.flatnonzero(predicted != answer)
     return predicted[: wrong[0] + 1] if len(wrong) else predicted
 

@@ -163,11 +163,16 @@ def _accuracy_table(report: dict[str, Any]) -> Table:
 def _retrieval_table(report: dict[str, Any]) -> Table:
     retrieval = report["retrieval"]
     names = list(retrieval["recalls"]["float"])
-    table = Table("model", *names, title=f"caption retrieval among {retrieval['candidates']} near candidates, by P(yes)",
-                  title_justify="left")  # fmt: skip
+    table = Table("model", *map(recall_label, names),
+                  title=f"caption retrieval among {retrieval['candidates']} images and captions, by P(yes)", title_justify="left")
     for model, recalls in retrieval["recalls"].items():
         table.add_row(model, *(_percent(recalls[n]) for n in names))
     return table
+
+
+def recall_label(name: str) -> str:
+    """A recall's name for people: ``image_to_text_r@1`` becomes ``image to text R@1``."""
+    return name.replace("_", " ").replace(" r@", " R@")
 
 
 def _percent(value: float | None) -> str:

@@ -48,6 +48,7 @@ def example_report(questions: int = 240, **changes: Any) -> dict[str, Any]:
         "accuracy": {m: accuracy_by_type(types, r) for m, r in right.items()},
         "retention": {m: int(right[m].sum()) / int(right["float"].sum()) for m in ("quantized", "onnx")},
         "paired": {"quantized - float": vars(paired_bootstrap(right["float"], right["quantized"], 500))},
+        "same_answers": {"float, quantized": 0.99, "quantized, onnx": 1.0},
         "retrieval": {"candidates": 16, "prompts": 320, "recalls": {
             m: {"image_to_text_r@1": 0.9, "text_to_image_r@1": 0.8, "mean": 0.85, "near_duplicate": None} for m in right}},
         "items": [{"index": 0, "question": "<script>alert(1)</script>", "answer": "a & b", "type": "color", "kl": 0.02,
