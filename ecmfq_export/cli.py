@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        if args.verbose:
+        if getattr(args, "verbose", False):
             raise
         print(f"ecmfq-export: error: {error}", file=sys.stderr)
         return 2
@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and the builders' own messages")
-    parser = argparse.ArgumentParser("ecmfq-export", description=_DESCRIPTION,
+    # No default here: one would overwrite a -v that was given before the command.
+    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+                        help="show tracebacks and the builders' own messages")
+    parser = argparse.ArgumentParser("ecmfq-export", description=_DESCRIPTION, parents=[common],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ecmfq-export {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -155,7 +157,7 @@ def _consoles() -> tuple[Any, Any]:
 def _export(args: argparse.Namespace) -> int:
     from ecmfq_export.console import RichProgress
     from ecmfq_export.target import load_target
-    from ecmfq_export.validate.report import print_report, verdict
+    from ecmfq_export.validate.report import print_report, require_passed
     from ecmfq_export.workflow import export
 
     quant, export_config = _configs(args)
@@ -165,8 +167,9 @@ def _export(args: argparse.Namespace) -> int:
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
                         evaluation=args.evaluate, limit=args.limit, build=not args.no_build)
     print_report(report, out)
-    out.print(f"bundle: {args.output}")
-    return 0 if verdict(report) else 2
+    out.print(f"bundle: {args.output}", soft_wrap=True)
+    require_passed(report)
+    return 0
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -177,7 +180,7 @@ def _quantize(args: argparse.Namespace) -> int:
     out, err = _consoles()
     with RichProgress(err).running() as progress:
         path = quantize_model(args.model, args.data, args.output, quant, progress)
-    out.print(f"quantized checkpoint: {path}")
+    out.print(f"quantized checkpoint: {path}", soft_wrap=True)
     return 0
 
 
@@ -189,22 +192,23 @@ def _build(args: argparse.Namespace) -> int:
     target = load_target(args.target)
     out, err = _consoles()
     with RichProgress(err).running() as progress:
-        path = build_engines(args.bundle, target, progress, verbose=args.verbose)
+        path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False))
     seal(Paths(args.bundle), target, True)
-    out.print(f"engines: {path}")
+    out.print(f"engines: {path}", soft_wrap=True)
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
     from ecmfq_export.console import RichProgress
-    from ecmfq_export.validate.report import print_report, verdict
+    from ecmfq_export.validate.report import print_report, require_passed
     from ecmfq_export.workflow import revalidate
 
     out, err = _consoles()
     with RichProgress(err).running() as progress:
         report = revalidate(args.bundle, args.model, args.evaluate, args.limit, progress)
     print_report(report, out)
-    return 0 if verdict(report) else 2
+    require_passed(report)
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ecmfq_export import bundle
@@ -82,7 +83,7 @@ def print_description(facts: dict[str, Any], console: Console) -> None:
     """Show :func:`describe`'s facts as a table, nested ones as indented rows."""
     table = Table("field", "value", title=f"{facts['kind']}: {facts['path']}", title_justify="left")
     for key, value in _rows(facts):
-        table.add_row(key, value)
+        table.add_row(key, escape(value))
     console.print(table)
 
 
@@ -110,17 +111,23 @@ def target_facts() -> list[dict[str, Any]]:
 
 def print_targets(console: Console) -> None:
     """Table of targets."""
-    table = Table("target", "SM", "runtime", "built", "attention", "max batch", "max seq", title="targets", title_justify="left")
+    table = Table(title="targets", title_justify="left")
+    for header in ("target", "SM", "built by", "batch", "tokens", "for"):
+        table.add_column(header, no_wrap=header != "for")
     for fact in target_facts():
-        table.add_row(fact["name"], " ".join(map(str, fact["compute_capabilities"])), fact["engine"]["runtime"],
-                      fact["engine"]["build"], fact["engine"]["attention"], str(fact["limits"]["max_batch"]),
-                      str(fact["limits"]["max_seq_len"]))
+        where = {"host-aot": "any machine", "on-device": "the device"}[fact["engine"]["build"]]
+        table.add_row(fact["name"], " ".join(map(str, fact["compute_capabilities"])), where, str(fact["limits"]["max_batch"]),
+                      str(fact["limits"]["max_seq_len"]), fact["description"])
     console.print(table)
 
 
 def print_checks(checks: Sequence[Any], console: Console) -> None:
     """Table of what this machine has; how to get what it lacks."""
-    table = Table("", "what", "found", "to install", title="this machine", title_justify="left")
+    table = Table("", "what", "found", title="this machine", title_justify="left")
     for check in checks:
-        table.add_row("[green]yes[/]" if check.ok else "[yellow]no[/]", check.name, check.detail, "" if check.ok else check.fix)
+        table.add_row("[green]yes[/]" if check.ok else "[yellow]no[/]", check.name, escape(check.detail))
     console.print(table)
+    for check in checks:
+        if not check.ok:
+            # Outside the table, so that an install line can be copied in one piece.
+            console.print(f"{check.name}: {check.fix}", soft_wrap=True, markup=False, highlight=False)

@@ -120,6 +120,11 @@ def export(
     else:
         progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
     export_onnx(quantized, paths.onnx, target, export_config, progress)
+    drop_stale_engines(paths, progress)
+    if build and target.engine.build == "on-device" and not is_this_device(target):
+        progress.note(f"engines for {target.name} are built on the device: copy the bundle there and run "
+                      f"'ecmfq-export build BUNDLE --target {target.name}'")
+        build = False
     engines = build_engines(output, target, progress) if build else None
     report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                       engines_dir=engines)
@@ -134,6 +139,23 @@ def seal(paths: Paths, target: Target, built: bool) -> None:
     if engines.is_dir():
         parts += sorted(f"engines/{p.name}" for p in engines.iterdir() if (p / bundle.MANIFEST).is_file())
     bundle.write_bundle_manifest(paths.root, parts, {"target": target.name}, {"engines_built": built})
+
+
+def drop_stale_engines(paths: Paths, progress: Progress) -> None:
+    """Delete engines that were built from other graphs than the bundle holds now: they would answer for another model."""
+    graphs = bundle.fingerprint(paths.onnx)
+    for directory in sorted((paths.root / "engines").glob("*/")):
+        if (directory / bundle.MANIFEST).is_file() and bundle.read_manifest(directory, "build").inputs.get("onnx") != graphs:
+            progress.note(f"{directory} was built from other graphs and is deleted")
+            shutil.rmtree(directory)
+
+
+def is_this_device(target: Target) -> bool:
+    """Whether this machine's GPU is the target's."""
+    from ecmfq_export.engine.device import current_device
+
+    device = current_device()
+    return device is not None and device.compute_capability in target.compute_capabilities
 
 
 def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verbose: bool = False) -> Path:
@@ -151,6 +173,10 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
     onnx_dir = Paths(bundle_root).onnx
     manifest = bundle.read_manifest(onnx_dir, "onnx")
     bundle.verify(onnx_dir, manifest)
+    for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
+        if manifest.config[key] != wanted:
+            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config[key]}, target {target.name} needs {wanted}",
+                             f"export again with --target {target.name} (into another bundle to keep both)")
     ranges = {name: tuple(values) for name, values in manifest.info["dim_ranges"].items()}
     num_plugin_nodes = int(manifest.info["num_plugin_nodes"])
     out_dir = Paths(bundle_root).engines(target)
