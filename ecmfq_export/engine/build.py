@@ -24,7 +24,7 @@ from ecmfq_export.engine.device import current_device
 from ecmfq_export.engine.engine_file import PLUGIN_NAME, EngineInfo, expect_plugin_nodes, read_engine_file
 from ecmfq_export.engine.memory import Shapes, check_memory, memory_needs
 from ecmfq_export.engine.plugin_library import PluginLibrary, check_plugin_library
-from ecmfq_export.engine.trt_module import LogLines, load_module, make_logger
+from ecmfq_export.engine.trt_module import LogLines, clean, load_module, make_logger
 from ecmfq_export.engine.trt_plan import read_plan
 from ecmfq_export.errors import BuildError
 from ecmfq_export.target import Target
@@ -223,7 +223,9 @@ def _check_engine(info: EngineInfo, target: Target, shapes: Mapping[str, object]
 
 
 def _failed(what: str, log: LogLines, details: list[str] | None = None) -> BuildError:
-    """One error with everything that TensorRT and the plugin said, in order and without repeats."""
-    seen = list(dict.fromkeys([*(details or []), *log.errors]))
+    """One error with what the plugin said, then the parser, then the builder; without repeats, dumps and noise."""
+    said = [clean(text) for text in [*(details or []), *log.errors]]
+    plugin = [text for text in said if text.startswith(PLUGIN_NAME)]
+    seen = [text for text in dict.fromkeys([*plugin, *said]) if text and "--- Begin node" not in text and "--- End node" not in text]
     return BuildError(f"{what}: " + ("; ".join(seen) if seen else "it gave no reason"),
                       "the message names the node; 'ecmfq-export inspect model.onnx' shows the graph")

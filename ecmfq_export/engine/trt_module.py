@@ -51,6 +51,11 @@ def _admits(engine: EngineSpec, version: str) -> bool:
     return seen[: len(low)] >= low and seen[: len(high)] <= high
 
 
+def clean(message: str) -> str:
+    """A message without the lines about the missing driver; empty where nothing else is left."""
+    return "\n".join(line for line in message.splitlines() if not _NO_DRIVER.search(line)).strip()
+
+
 class LogLines:
     """Collects what TensorRT says. ``errors`` are real ones, ``lines`` is everything, as 'SEVERITY text'."""
 
@@ -61,7 +66,7 @@ class LogLines:
 
     def add(self, severity: str, message: str) -> None:
         self.lines.append(f"{severity} {message}")
-        if severity.endswith("ERROR") and not _NO_DRIVER.search(message):
+        if severity.endswith("ERROR") and clean(message):
             self.errors.append(message)
         if self._stream is not None and severity != "VERBOSE":
             print(f"{severity} {message}", file=self._stream)
@@ -78,14 +83,23 @@ class LogLines:
         path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
 
 
+# TensorRT keeps the first logger of a process for what plugins and global objects say, also after the builder that it was
+# given to is gone. So there is one a module, it lives as long as the process, and it fills whichever LogLines is current.
+_loggers: dict[str, Any] = {}
+
+
 def make_logger(module: ModuleType, log: LogLines) -> Any:
-    """A logger of this module that fills `log`; it must live as long as every object that was made with it."""
+    """The process's logger of this module, filling `log` from now on."""
+    if module.__name__ not in _loggers:
 
-    class Logger(module.ILogger):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
+        class Logger(module.ILogger):  # type: ignore[name-defined,misc]
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+                self.sink = log
 
-        def log(self, severity: Any, message: str) -> None:
-            log.add(severity.name, message)
+            def log(self, severity: Any, message: str) -> None:
+                self.sink.add(severity.name, message)
 
-    return Logger()
+        _loggers[module.__name__] = Logger()
+    _loggers[module.__name__].sink = log
+    return _loggers[module.__name__]

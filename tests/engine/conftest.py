@@ -27,3 +27,13 @@ def built(tmp_path_factory: pytest.TempPathFactory, library: Path) -> tuple[Path
     info = build_engine(graph, load_target("rtx"), folder / "decoder.engine", profiles=profiles(graph), plugin_library=library,
                         log_path=folder / "build.log")
     return folder / "decoder.engine", info
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, library: Path) -> tuple[Path, EngineInfo]:
+    """One layer with group multipliers for 'dgx-spark': no library embedded, so it has 2 MB and not 20."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path_factory.mktemp("small")
+    graph = decoder(folder / "model.onnx", layers=1, group_size=128)
+    info = build_engine(graph, load_target("dgx-spark"), folder / "decoder.engine", profiles=profiles(graph), plugin_library=library)
+    return folder / "decoder.engine", info

@@ -21,8 +21,8 @@ def test_sections_fill_the_file(built: tuple[Path, EngineInfo]) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 3, 64, 200, -1])
-def test_truncated(built: tuple[Path, EngineInfo], tmp_path: Path, kept: int) -> None:
-    data = built[0].read_bytes()
+def test_truncated(small: tuple[Path, EngineInfo], tmp_path: Path, kept: int) -> None:
+    data = small[0].read_bytes()
     (tmp_path / "x.engine").write_bytes(data[:kept])
     with pytest.raises(BuildError, match="truncated or damaged|no TensorRT-RTX engine"):
         read_engine_file(tmp_path / "x.engine")
@@ -33,15 +33,15 @@ def test_missing_file(tmp_path: Path) -> None:
         read_engine_file(tmp_path / "none.engine")
 
 
-def test_damaged_bytes_never_crash_the_reader(built: tuple[Path, EngineInfo], tmp_path: Path) -> None:
+def test_damaged_bytes_never_crash_the_reader(small: tuple[Path, EngineInfo], tmp_path: Path) -> None:
     """Header and section table, byte by byte: either the same facts, other facts, or a BuildError; nothing else."""
-    data = bytearray(built[0].read_bytes())
+    data = bytearray(small[0].read_bytes())
     generator = random.Random(5)
     path = tmp_path / "x.engine"
     refused = 0
     for _ in range(60):
         spoiled = bytearray(data)
-        spoiled[generator.randrange(0, 136)] ^= 1 << generator.randrange(8)
+        spoiled[generator.randrange(0, 112)] ^= 1 << generator.randrange(8)
         path.write_bytes(spoiled)
         try:
             read_engine_file(path)
