@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,10 @@ DECODE_8, DECODE_32, PREFILL = 0, 1, 2
 
 _FLAGS = ["-std=c++17", "-g1", "-ffp-contract=off", "-fPIC", "-DECMFQ_EMULATION", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 _SANITIZE = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-_SOURCE_SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
 
 
 class EmulationError(AssertionError):
     """The emulated kernels did something wrong: a sanitizer report or a broken rule of the machine; the text says which."""
-
-
-def _files(plugins: Path) -> list[Path]:
-    folders = [plugins / "include", plugins / "src", plugins / "capi", EMULATION]
-    return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES)
 
 
 def compiler() -> str | None:
@@ -43,40 +38,46 @@ def compiler() -> str | None:
 def build(kind: str, plugins: Path = PLUGINS) -> Path:
     """Build the ``server`` (an executable under AddressSanitizer and UBSan) or the ``library`` (plain, for ctypes).
 
-    The result is cached in the temporary directory under a hash of every source.
+    Objects and results are cached in the temporary directory under a hash of their preprocessed sources.
     """
-    digest = hashlib.sha256(f"{kind} {compiler()} {_FLAGS} {_SANITIZE}".encode())
-    for path in _files(plugins):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"ecmfq-emulation-{os.getuid()}" / digest.hexdigest()[:20]
-    target = folder / ("server" if kind == "server" else "libecmfq_emulated.so")
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
+    cache = Path(tempfile.gettempdir()) / f"ecmfq-emulation-{os.getuid()}"
+    cache.mkdir(exist_ok=True)
     options = _SANITIZE if kind == "server" else ["-O1"]
-    includes = [f"-I{plugins / 'include'}", f"-I{plugins / 'capi'}", f"-I{EMULATION}"]
+    command = [compiler(), *_FLAGS, *options, f"-I{plugins / 'include'}", f"-I{plugins / 'capi'}", f"-I{EMULATION}", "-x", "c++"]
     sources = sorted([*(plugins / "src").glob("*.cu"), *(plugins / "capi").glob("*.cu"), EMULATION / "emulation.cpp"])
-    if kind == "server":
-        sources.append(EMULATION / "server.cpp")
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        def compile_one(source: Path) -> str:
-            out = Path(work) / f"{source.stem}-{source.parent.name}.o"
-            _run([compiler(), *_FLAGS, *options, *includes, "-x", "c++", "-c", str(source), "-o", str(out)])
-            return str(out)
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, sources))
+    sources.append(EMULATION / ("server.cpp" if kind == "server" else "layout_probe.cpp"))
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _object(command, source, cache), sources))
+    digest = hashlib.sha256(" ".join([kind, *(o.name for o in objects)]).encode()).hexdigest()[:20]
+    target = cache / (f"server-{digest}" if kind == "server" else f"libecmfq_emulated-{digest}.so")
+    if not target.exists():
         link = options if kind == "server" else [*options, "-shared"]
-        built = Path(work) / target.name
-        _run([compiler(), *link, *objects, "-o", str(built)])
-        os.replace(built, target)
+        _make(target, lambda out: _run([compiler(), *link, *map(str, objects), "-o", out]))
     return target
 
 
-def _run(command: list[str]) -> None:
+def _object(command: list[str], source: Path, cache: Path) -> Path:
+    text = _run([*command, "-E", "-P", str(source)])
+    flags = " ".join(part for part in command if not part.startswith("-I"))
+    target = cache / f"{source.stem}-{hashlib.sha256((flags + text).encode()).hexdigest()[:20]}.o"
+    if not target.exists():
+        _make(target, lambda out: _run([*command, "-c", str(source), "-o", out]))
+    return target
+
+
+def _make(target: Path, write: Callable[[str], object]) -> None:
+    """Write beside and rename, so that a parallel test run never sees half a file."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        out = Path(work) / target.name
+        write(str(out))
+        os.replace(out, target)
+
+
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,12 @@ class Emulator:
     """A server process; one process runs many cases. Close it, or use it as a context manager."""
 
     def __init__(self, executable: Path) -> None:
+        self._executable = executable
+        self._start()
+
+    def _start(self) -> None:
         self._log = tempfile.TemporaryFile()
-        self._process = subprocess.Popen([str(executable)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        self._process = subprocess.Popen([str(self._executable)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
 
     def __enter__(self) -> Emulator:
         return self
@@ -108,9 +113,12 @@ class Emulator:
         self._process.stdout.close()
         if self._process.wait(timeout=60):
             raise EmulationError(self._report())
+        self._log.close()
 
     def run(self, case: Case, layout: int, forced: Forced = Forced()) -> Result:
-        """Run one case; raises EmulationError with the report when the process dies or refuses."""
+        """Run one case; raises EmulationError with the report when the process dies (the next call starts another) or refuses."""
+        if self._process.poll() is not None:
+            self._start()
         tokens, hidden = case.hidden_states.shape
         top_k, experts, inter = case.topk_ids.shape[1], case.num_experts, case.intermediate_size
         group = -1 if case.gate_up_multiplier is None else 128
@@ -156,5 +164,5 @@ class Emulator:
 
 def _natural_order(q: np.ndarray) -> np.ndarray:
     """Undo layout.cuh's activation_position: within 8 columns, even ones first, then odd ones."""
-    halves = q.reshape(q.shape[0], -1, 2, 4)
+    halves = q.reshape(q.shape[0], q.shape[1] // 8, 2, 4)
     return halves.swapaxes(2, 3).reshape(q.shape)

@@ -84,23 +84,35 @@ ECMFQ_DEVICE void fold_group(int32_t (&total)[2][4], int32_t (&acc)[2][4], const
   }
 }
 
-// The fused end for one accumulator of each half of a tile: tile rows `channel` and `channel + 16`, channel in 0..15.
-// `first`, `second`: exact sums. `target` is target_row's.
+// The two channels that meet in a lane: tile rows `channel` and `channel + 16`, channel in 0..15. Loaded once a tile, since the
+// compiler cannot know that stores to `out` leave the scales alone.
+struct ChannelPair {
+  int32_t column[2];  // in `out`; for kGateUp the first alone
+  float scale[2];
+};
 template <Gemm kGemm>
-ECMFQ_DEVICE void finish(const GemmArguments& a, int expert, int row_tile, int channel, int target, float act_scale, int32_t first,
-                         int32_t second) {
+ECMFQ_DEVICE ChannelPair load_channels(const GemmArguments& a, int expert, int row_tile, int channel) {
+  ChannelPair c;
   const float* scale = a.channel_scale + static_cast<int64_t>(expert) * a.weight_rows;
-  float* out = a.out + static_cast<int64_t>(target) * a.out_stride;
-  const int row = canonical_row<kGemm>(row_tile, channel, a.intermediate_size);
-  const int row_2 = canonical_row<kGemm>(row_tile, channel + 16, a.intermediate_size);
-  const float x = dequantize(first, act_scale, scale[row]);
-  const float y = dequantize(second, act_scale, scale[row_2]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = canonical_row<kGemm>(row_tile, channel + 16 * i, a.intermediate_size);
+    c.column[i] = row - a.first_row_tile * kTileRows;  // kGateUp starts at tile 0
+    c.scale[i] = scale[row];
+  }
+  return c;
+}
+
+// The fused end for one exact sum of each of the two channels. `out_row`: a.out + target_row * out_stride.
+template <Gemm kGemm>
+ECMFQ_DEVICE void finish(const ChannelPair& c, float* out_row, float act_scale, int32_t first, int32_t second) {
+  const float x = dequantize(first, act_scale, c.scale[0]);
+  const float y = dequantize(second, act_scale, c.scale[1]);
   if (kGemm == Gemm::kGateUp) {
-    out[row] = mul_rn(silu(x), y);
+    out_row[c.column[0]] = mul_rn(silu(x), y);
   } else {
-    const int first_column = a.first_row_tile * kTileRows;
-    out[row - first_column] = x;
-    out[row_2 - first_column] = y;
+    out_row[c.column[0]] = x;
+    out_row[c.column[1]] = y;
   }
 }
 

@@ -59,7 +59,7 @@ ECMFQ_DEVICE void load_batch(DecodeBatch<kTokenTiles>& batch, const GemmArgument
 // Grid: (row tiles, sorted_slots). With fewer pairs than experts y is a row, and the first row of each expert works for
 // all of that expert's; otherwise y is an expert. So few idle blocks start, and no list of the experts in use is needed.
 template <Gemm kGemm, bool kGrouped, WeightLayout kLayout, int kTokenTiles>
-__global__ void __launch_bounds__(kDecodeThreads) gemm_decode_kernel(const GemmArguments a) {
+__global__ void __launch_bounds__(kDecodeThreads, kTokenTiles == 1 ? 3 : 2) gemm_decode_kernel(const GemmArguments a) {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const int lane_row = lane >> 2, quad = lane & 3;
   const int row_tile = a.first_row_tile + static_cast<int>(blockIdx.x);
@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(kDecodeThreads) gemm_decode_kernel(const GemmA
     }
     block_barrier();
     const int q = warp;
+    const ChannelPair channels = load_channels<kGemm>(a, expert, row_tile, lane_row + 8 * (q >> 1));
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
       const int row = row_0 + t * 8 + 2 * quad + (q & 1);
@@ -136,7 +137,8 @@ __global__ void __launch_bounds__(kDecodeThreads) gemm_decode_kernel(const GemmA
           second += partial[((w * kTokenTiles + t) * 8 + 4 + q) * 32 + lane];
         }
         const float act_scale = a.act_scale[source_row<kGemm>(a, row)];
-        finish<kGemm>(a, expert, row_tile, lane_row + 8 * (q >> 1), target_row<kGemm>(a, row), act_scale, first, second);
+        float* out_row = a.out + static_cast<int64_t>(target_row<kGemm>(a, row)) * a.out_stride;
+        finish<kGemm>(channels, out_row, act_scale, first, second);
       }
     }
     block_barrier();

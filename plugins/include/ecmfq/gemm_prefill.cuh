@@ -168,15 +168,23 @@ __global__ void __launch_bounds__(kPrefillThreads, kGrouped ? 1 : 2)
       }
     }
     if (working) {
+      const ChannelPair channels[2] = {load_channels<kGemm>(a, expert, row_tile, lane_row),
+                                       load_channels<kGemm>(a, expert, row_tile, lane_row + 8)};
 #pragma unroll
       for (int t = 0; t < kPrefillTokenTiles; ++t) {
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          const int row = t * 8 + 2 * quad + (q & 1);
+        for (int column = 0; column < 2; ++column) {
+          const int row = t * 8 + 2 * quad + column;
           if (row < rows) {
-            const int32_t first = kGrouped ? total[t][0][q] : acc[t][0][q] >> kNibbleShift;
-            const int32_t second = kGrouped ? total[t][1][q] : acc[t][1][q] >> kNibbleShift;
-            finish<kGemm>(a, expert, row_tile, lane_row + 8 * (q >> 1), targets[row], act_scales[row], first, second);
+            float* out_row = a.out + static_cast<int64_t>(targets[row]) * a.out_stride;
+            const float act_scale = act_scales[row];
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+              const int q = 2 * upper + column;
+              const int32_t first = kGrouped ? total[t][0][q] : acc[t][0][q] >> kNibbleShift;
+              const int32_t second = kGrouped ? total[t][1][q] : acc[t][1][q] >> kNibbleShift;
+              finish<kGemm>(channels[upper], out_row, act_scale, first, second);
+            }
           }
         }
       }

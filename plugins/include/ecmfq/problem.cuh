@@ -43,6 +43,11 @@ struct MoeTensors {
 constexpr int64_t kTermBudget = int64_t{32} << 20;
 constexpr int32_t kMinTermColumns = 128;
 constexpr int64_t kWorkspaceAlignment = 256;
+#ifdef ECMFQ_EMULATION
+constexpr int64_t kWorkspaceGap = 256;  // between the parts; the emulator makes any access to it an error
+#else
+constexpr int64_t kWorkspaceGap = 0;
+#endif
 
 // Columns of the down projection that are computed and summed at once: a multiple of 32, or all of them.
 inline int32_t term_columns(const MoeProblem& p) {
@@ -70,7 +75,7 @@ inline MoeWorkspace workspace_layout(const MoeProblem& p) {
   int64_t at = 0;
   auto take = [&at](int64_t bytes) {
     const int64_t offset = at;
-    at += (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+    at += (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment + kWorkspaceGap;
     return offset;
   };
   const int64_t pairs = p.num_pairs();

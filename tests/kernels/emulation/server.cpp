@@ -3,6 +3,8 @@
 //
 // Request: 16 int32 (Request below), then the tensors in the order of read_tensors(). Answer: int32 status, and when it is 0 the
 // output followed by the workspace's integer stages. See tests/kernels/emulator.py for the other end.
+#include <sanitizer/asan_interface.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -44,6 +46,21 @@ Block read_tensor(int64_t bytes) {
   Block b = allocate(bytes, 16);
   if (!read_exactly(b.get(), static_cast<size_t>(bytes))) std::exit(5);
   return b;
+}
+
+// Makes the gaps between the workspace's parts illegal, so that running over one part's end is an error as well.
+void poison_gaps(const ecmfq::MoeProblem& p, const ecmfq::MoeWorkspace& at, char* workspace) {
+  const int64_t pairs = p.num_pairs();
+  const struct {
+    int64_t offset, bytes;
+  } parts[] = {{at.act_q, int64_t{p.num_tokens} * p.hidden_size},
+               {at.act_scale, int64_t{p.num_tokens} * 4},
+               {at.expert_offsets, (int64_t{p.num_experts} + 1) * 4},
+               {at.row_pair, pairs * 4},
+               {at.inter_q, pairs * p.intermediate_size},
+               {at.inter_scale, pairs * 4}};
+  ASAN_POISON_MEMORY_REGION(workspace, static_cast<size_t>(at.scratch));
+  for (const auto& part : parts) ASAN_UNPOISON_MEMORY_REGION(workspace + part.offset, static_cast<size_t>(part.bytes));
 }
 
 void serve(const Request& r) {
@@ -101,6 +118,8 @@ void serve(const Request& r) {
   problem.dtype = static_cast<ecmfq::Dtype>(p.dtype);
   problem.weight_layout = static_cast<ecmfq::WeightLayout>(p.weight_layout);
   problem.num_sms = p.num_sms;
+  const ecmfq::MoeWorkspace at = ecmfq::workspace_layout(problem);
+  if (status == ECMFQ_OK) poison_gaps(problem, at, workspace.get());
   if (status == ECMFQ_OK && r.tiling < 0) {
     status = ecmfq_routed_moe(&p, workspace.get(), bytes, nullptr);
   } else if (status == ECMFQ_OK) {
@@ -115,7 +134,6 @@ void serve(const Request& r) {
 
   write_exactly(&status, 4);
   if (status == ECMFQ_OK) {
-    const ecmfq::MoeWorkspace at = ecmfq::workspace_layout(problem);
     const char* ws = workspace.get();
     write_exactly(output.get(), static_cast<size_t>(t * h * 2));
     write_exactly(ws + at.act_q, static_cast<size_t>(t * h));
@@ -126,6 +144,7 @@ void serve(const Request& r) {
     write_exactly(ws + at.inter_scale, static_cast<size_t>(t * k * 4));
   }
   std::fflush(stdout);
+  ASAN_UNPOISON_MEMORY_REGION(workspace.get(), bytes);
 }
 
 }  // namespace
