@@ -197,10 +197,11 @@ def _parse_entry(file: Path, name: str, value: Any, data_start: int) -> TensorEn
         and len(value["data_offsets"]) == 2
     ):
         raise CheckpointError(f"{file}: the header entry of '{name}' is malformed", "download the file again")
-    dtype = DTYPES.get(value.get("dtype", ""))
+    kind = value.get("dtype")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise CheckpointError(
-            f"{file}: '{name}' has dtype {value.get('dtype')!r}",
+            f"{file}: '{name}' has dtype {kind!r}",
             f"supported: {', '.join(DTYPES)}; convert the checkpoint to bfloat16",
         )
     entry = TensorEntry(file, dtype, tuple(value["shape"]), data_start + value["data_offsets"][0])

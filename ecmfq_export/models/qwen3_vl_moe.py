@@ -32,7 +32,6 @@ _BOOKKEEPING = {
     "transformers_version": "says who wrote the file",
     "_name_or_path": "says where the file came from",
     "name_or_path": "says where the file came from",
-    "model_type": "checked where the family is chosen",
     "initializer_range": "initialization of training",
     "return_dict": "form of transformers' return value",
     "output_hidden_states": "form of transformers' return value",
@@ -65,9 +64,12 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     """
     defaults = _transformers_config(config)
     top = ConfigFields("", config, defaults)
+    top.take("quantization_config")  # models/quantized_reader.py reads it
     top.expect("architectures", ["Qwen3VLMoeForConditionalGeneration"], None, why="only the generating model is handled")
+    top.expect("model_type", "qwen3_vl_moe", why="another family")
     text_given, vision_given = (_section(top.take(name), name) for name in ("text_config", "vision_config"))
     text = ConfigFields("text_config", text_given, defaults.text_config, {"num_experts": ("num_local_experts",)})
+    text.expect("model_type", "qwen3_vl_moe_text", why="another decoder than this family's")
     hidden_size = text.whole("hidden_size")
     vision = _read_vision(vision_given, defaults.vision_config, hidden_size)
     layers = _read_layers(text, hidden_size)
@@ -94,10 +96,16 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
             f"config.json: {len(vision.deepstack_layers)} DeepStack features for {len(layers)} decoder layers",
             "each feature is added after one decoder layer",
         )
-    text.finish(_TEXT_HARMLESS)
-    top.take("quantization_config")  # read by models/quantized_format.py
-    top.finish(_BOOKKEEPING)
+    for section, harmless in ((text, _TEXT_HARMLESS), (top, _BOOKKEEPING)):
+        _refuse_unused(section)
+        section.finish(harmless)
     return spec
+
+
+def _refuse_unused(section: ConfigFields) -> None:
+    """Options of transformers' base class that this family's model does not read: only their neutral value is accepted."""
+    section.expect("chunk_size_feed_forward", 0, None, why="the family's layers are not chunked")
+    section.expect("is_encoder_decoder", False, None, why="the family has no encoder-decoder form")
 
 
 def _transformers_config(config: dict[str, Any]) -> Any:
@@ -132,7 +140,7 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
     head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
     if num_heads % num_kv_heads or head_dim % 2:
         raise CheckpointError(
-            f"config.json: {num_heads} query heads of {head_dim} over {num_kv_heads} key/value heads",
+            f"config.json: num_attention_heads = {num_heads} of head_dim = {head_dim}, num_key_value_heads = {num_kv_heads}",
             "query heads must be a multiple of key/value heads, head_dim even",
         )
     attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=text.flag("attention_bias"))
@@ -205,6 +213,7 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
         num_position_embeddings=vision.whole("num_position_embeddings"),
         deepstack_layers=vision.wholes("deepstack_visual_indexes"),
     )
+    _refuse_unused(vision)
     vision.finish(_BOOKKEEPING)
     if spec.out_hidden_size != hidden_size:
         raise CheckpointError(f"config.json: vision out_hidden_size {spec.out_hidden_size}, text hidden_size {hidden_size}")
