@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from questions import LONG_TYPES, QA, ask_any, ask_text
+from questions import CAPTION_PROMPT, LONG_TYPES, QA, TYPE_WEIGHTS, ask_any, ask_text, caption
 from scenes import IMAGE_SIZES, SPLITS, make_scene, render
 from tokenizer import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 
@@ -139,6 +139,27 @@ def pack(rows: list[list[QA]], images: list[Image.Image], encoder: Encoder, long
     )
 
 
+# The committed run's question mix, by step. Captions are the densest supervision a token (every object's colour, kind
+# and place), one bit answers the thinnest, so the middle phase leaves the long yes/no questions out until colours and
+# kinds are bound to places; `match` and `relation` come back after it.
+CAPTION_IN_EVERY_ROW_FROM = 1000
+BINDING_PHASE = range(1000, 1800)
+
+
+# Relations, counts of a kind and matches are learned last: the final phase draws them more.
+FINAL_PHASE_FROM = 2500
+FINAL_WEIGHTS = {**TYPE_WEIGHTS, "relation": 6, "count_which": 6, "match": 4, "kind": 4, "color": 2, "background": 0.25}
+
+
+def question_mix(step: int) -> tuple[bool, tuple[str, ...], dict[str, float]]:
+    """Whether every row carries its caption at `step`, which types are not drawn, and how often the others are."""
+    with_caption = step >= CAPTION_IN_EVERY_ROW_FROM
+    excluded = ("caption",) if with_caption else ()
+    if step in BINDING_PHASE:
+        excluded = (*excluded, "match", "relation")
+    return with_caption, excluded, FINAL_WEIGHTS if step >= FINAL_PHASE_FROM else TYPE_WEIGHTS
+
+
 def training_batch(step: int, seed: int, rows: int, length: int, encoder: Encoder, max_objects: int) -> Batch:
     """The batch of a step: a function of (step, seed), so a resumed run sees what an uninterrupted one would.
 
@@ -151,14 +172,18 @@ def training_batch(step: int, seed: int, rows: int, length: int, encoder: Encode
     size = rng.choice(IMAGE_SIZES)
     height, width = resized_size(*size)
     budget = length - len(encoder.prefix(height * width // FACTOR**2))
+    with_caption, excluded, type_weights = question_mix(step)
     images, questions = [], []
     for _ in range(rows):
         scene = make_scene(rng.randrange(SPLITS["train"].start, SPLITS["train"].stop), max_objects, size)
         images.append(render(scene))
         row, left, seen = [], budget, set()
+        if with_caption:
+            row.append(QA(CAPTION_PROMPT, caption(scene), "caption"))
+            left -= len(encoder.branch(row[0].question, row[0].answer)[0])
         for attempt in range(24):
             # Every second row carries one text-only question, so the model stays alive without an image.
-            qa = ask_text(rng) if attempt == 0 and rng.random() < 0.5 else ask_any(scene, rng)
+            qa = ask_text(rng) if attempt == 0 and rng.random() < 0.5 else ask_any(scene, rng, excluded, type_weights)
             cost = len(encoder.branch(qa.question, qa.answer)[0])
             if cost > left or qa.question in seen:
                 continue

@@ -81,10 +81,7 @@ def main() -> None:
     )
     write_jsonl(
         args.out / "captions.jsonl",
-        [
-            {"image": name, "text": caption(scene), "distractors": distractors(scene, 4)}
-            for name, scene in zip(names, scenes, strict=True)
-        ],
+        [{"image": name, "text": caption(scene), "distractors": distractors(scene, 4)} for name, scene in zip(names, scenes, strict=True)],
     )
 
 

@@ -30,9 +30,7 @@ class Prompter:
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)
         return prompt if answer is None else prompt + answer + "<|im_end|>"
 
-    def batch(
-        self, questions: list[str], images: list[Image.Image | None], answers: list[str] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def batch(self, questions: list[str], images: list[Image.Image | None], answers: list[str] | None = None) -> dict[str, torch.Tensor]:
         """Inputs of Qwen3VLMoeForConditionalGeneration for a left-padded batch."""
         present = [image for image in images if image is not None]
         vision = dict(self.image_processor(present, return_tensors="pt")) if present else {}

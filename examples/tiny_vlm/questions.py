@@ -216,10 +216,11 @@ def ask(scene: Scene, rng: random.Random, type_: str) -> QA | None:
     return _MAKERS[type_](scene, rng)
 
 
-def ask_any(scene: Scene, rng: random.Random, exclude: tuple[str, ...] = ()) -> QA:
-    """One question of a type drawn by TYPE_WEIGHTS."""
-    types = [t for t in TYPE_WEIGHTS if t not in exclude]
-    weights = [TYPE_WEIGHTS[t] for t in types]
+def ask_any(scene: Scene, rng: random.Random, exclude: tuple[str, ...] = (), type_weights: dict[str, float] | None = None) -> QA:
+    """One question of a type drawn by `type_weights` (TYPE_WEIGHTS by default)."""
+    table = type_weights or TYPE_WEIGHTS
+    types = [t for t in table if t not in exclude]
+    weights = [table[t] for t in types]
     while True:
         qa = ask(scene, rng, rng.choices(types, weights)[0])
         if qa is not None:

@@ -144,9 +144,9 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (steps - step) / (0.6 * steps))
 
 
-def objects_at(step: int, steps: int) -> int:
+def objects_at(step: int) -> int:
     """The curriculum: few objects first. Binding a colour to a shape is learned sooner from uncrowded scenes."""
-    return 2 if step < 0.04 * steps else 3 if step < 0.1 * steps else 4
+    return 2 if step < 180 else 3 if step < 450 else 4
 
 
 def parse_args() -> argparse.Namespace:
@@ -154,7 +154,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_vlm"), help="resumable state and the log")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--stop-at", type=int, default=None, help="stop early, as an interruption would (schedule kept)")
     parser.add_argument("--rows", type=int, default=16, help="images a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
@@ -205,7 +205,7 @@ def main() -> None:
     end = min(args.steps, args.stop_at or args.steps)
     started, running, model_time = time.time(), None, time.time()
     for step in range(begin, end):
-        batch = training_batch(step, args.seed, args.rows, args.length, encoder, objects_at(step, args.steps))
+        batch = training_batch(step, args.seed, args.rows, args.length, encoder, objects_at(step))
         factor = learning_rate_factor(step, args.steps, args.warmup)
         for optimizer, lrs in zip(optimizers, peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
