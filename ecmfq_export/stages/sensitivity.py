@@ -27,7 +27,7 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
         gamma, and the ratio of each layer for the report.
 
     Raises:
-        UserError: no sample has both an image and an answer.
+        UserError: no sample has both an image and an answer, or no gradient reaches a vision token.
     """
     usable = [s for s in samples if s.pixel_values is not None and s.answer_mask.any()][:NUM_SAMPLES]
     if not usable:
@@ -63,9 +63,13 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
                     out = add_deepstack(layer.forward(hidden, batch.cos, batch.sin, batch.mask), index, batch, store)
                     (earlier,) = torch.autograd.grad(out, hidden, gradient)
                 store.put(f"gradient/{batch.index}", earlier)
-    ratios = (sums[:, TEXT] / counts[TEXT]) / (sums[:, VISION] / counts[VISION]).clamp_min(1e-30)
-    gamma = float(ratios[torch.isfinite(ratios)].median())
-    return gamma, {"gamma_by_layer": ratios.tolist(), "gamma_samples": len(usable)}
+    ratios = (sums[:, TEXT] / counts[TEXT]) / (sums[:, VISION] / counts[VISION])
+    # After the last attention no answer depends on a vision token: that layer has no ratio.
+    known = ratios[torch.isfinite(ratios)]
+    if not len(known):
+        raise UserError("the loss depends on no vision token in any layer", "set gamma_text, e.g. to 10")
+    by_layer = [ratio if ratio < float("inf") else None for ratio in ratios.tolist()]
+    return float(known.median()), {"gamma_by_layer": by_layer, "gamma_samples": len(usable)}
 
 
 def _padded(rows: list[np.ndarray], length: int) -> torch.Tensor:

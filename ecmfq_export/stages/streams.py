@@ -89,7 +89,8 @@ class ActivationStore:
         """The tensor kept under `name`; not to be changed in place."""
         if name in self._memory:
             return self._memory[name]
-        return torch.from_numpy(np.fromfile(self._path(name), np.float32)).view(self._shapes[name])
+        shape = self._shapes[name]
+        return torch.from_numpy(np.fromfile(self._path(name), np.float32)).view(shape)
 
     def drop(self, name: str) -> None:
         """Forget `name`, if it is there."""
