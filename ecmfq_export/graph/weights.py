@@ -26,8 +26,13 @@ def externalize(model: ir.Model, directory: Path, file_name: Callable[[str], str
     groups: dict[str, list[ir.Value]] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > INLINE_BYTES:
+        if tensor is None or isinstance(tensor, ir.ExternalTensor):
+            continue
+        if tensor.nbytes > INLINE_BYTES:
             groups.setdefault(file_name(value.name), []).append(value)
+        elif isinstance(tensor, ir.LazyTensor):
+            # Read now: an error while a graph is serialized would reach the user as the serializer's.
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     written = {}
     for name, values in groups.items():
         tensors = ir.external_data.convert_tensors_to_external([v.const_value for v in values], directory, name)

@@ -53,9 +53,7 @@ def decoder_inputs(model: MoEVLM, seed: int, batch: int, seq: int) -> tuple[Deco
     cos, sin = host.rope_tables(spec.rope, positions)
     types = (rng.random((batch, seq)) < 0.3).astype(np.int64)
     embeds = rng.normal(size=(batch, seq, spec.hidden_size)).astype(np.float32)
-    deepstack = [
-        (rng.normal(size=embeds.shape) * types[..., None]).astype(np.float32) for _ in range(spec.num_deepstack)
-    ]
+    deepstack = [(rng.normal(size=embeds.shape) * types[..., None]).astype(np.float32) for _ in range(spec.num_deepstack)]
     mask = host.attention_mask(np.zeros(batch, np.int64), seq, seq)
     inputs = DecoderInputs(
         torch.from_numpy(embeds), torch.from_numpy(np.concatenate([cos, cos], -1)),

@@ -94,8 +94,7 @@ def test_decode_steps_equal_prefill(models, tapped):
     whole = decoder.step(embeds, positions, [0], deepstack)["logits"]
     decoder = Decoder(tapped, model.spec, SEQ, 1)
     steps = [
-        decoder.step(embeds[:, i : i + 1], positions[..., i : i + 1], [i], [d[:, i : i + 1] for d in deepstack])["logits"]
-        for i in range(8)
+        decoder.step(embeds[:, i : i + 1], positions[..., i : i + 1], [i], [d[:, i : i + 1] for d in deepstack])["logits"] for i in range(8)
     ]
     change = np.abs(np.concatenate(steps, 1) - whole).max(-1) / np.abs(whole).max()
     assert np.median(change) < 1e-5 and change.max() < 0.05
@@ -152,9 +151,7 @@ def test_decomposed_form_equals_the_new_operators(models, tapped, dtype):
     _, new_form = onnx_outputs(new, model, 5, 2, 11, numpy_dtype)
     change = np.abs(old_form["logits"] - new_form["logits"]).max(-1) / np.abs(new_form["logits"]).max()
     assert np.median(change) < (1e-4 if dtype == ir.DataType.FLOAT else 0.05) and change.max() < 0.1
-    np.testing.assert_allclose(
-        old_form["present_value_0"].astype(np.float32), new_form["present_value_0"].astype(np.float32), atol=0.05
-    )
+    np.testing.assert_allclose(old_form["present_value_0"].astype(np.float32), new_form["present_value_0"].astype(np.float32), atol=0.05)
 
 
 def test_half_quantized_experts_are_refused():

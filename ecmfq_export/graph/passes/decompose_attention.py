@@ -15,7 +15,7 @@ from ecmfq_export.graph.builder import GraphBuilder
 
 F32, I64 = ir.DataType.FLOAT, ir.DataType.INT64
 
-OPSET = 21
+OPSET, IR_VERSION = 21, 10
 """QuantizeLinear and DequantizeLinear with int4 need 21; nothing here needs more than 20."""
 
 
@@ -57,6 +57,7 @@ class DecomposeAttentionPass(ir.passes.InPlacePass):
             modified = True
         if modified:
             model.graph.opset_imports[""] = OPSET
+            model.ir_version = IR_VERSION
         return ir.passes.PassResult(model, modified)
 
 
