@@ -5,6 +5,7 @@ Usage: python registry_probe.py tensorrt_rtx|tensorrt_lean LIBRARY
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import sys
@@ -25,6 +26,8 @@ WRONG: dict[str, dict[str, Any]] = {
 
 def main(module_name: str, library: str) -> None:
     trt = importlib.import_module(module_name)
+    # A builder's registry unloads the library when the builder goes; Python may free a plugin after that. Keep it mapped.
+    ctypes.CDLL(library)
     messages: list[str] = []
 
     class Logger(trt.ILogger):

@@ -23,7 +23,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("host") / "plugin_host"
     sources = [HOST / "plugin_host.cpp", HOST / "ecmfq_stub.cpp"]
     sources += [path for path in sorted((PLUGINS / "trt").glob("*.cpp")) if path.name not in WITH_CUDA]
-    command = [compiler, "-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
+    command = [compiler, "-std=c++17", "-g1", "-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined",
                "-fno-sanitize-recover=all", *map(str, sources), "-o", str(program), "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -31,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(host: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(host), *arguments], capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run([str(host), *arguments], capture_output=True, text=True, errors="replace", check=False, timeout=300)
 
 
 def test_fields_survive_serialization(host: Path) -> None:
