@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from questions import CAPTION_PROMPT, LONG_TYPES, QA, TYPE_WEIGHTS, ask_any, ask_text, caption
+from questions import CAPTION_PROMPT, LONG_TYPES, QA, ask_any, ask_text, caption
 from scenes import IMAGE_SIZES, SPLITS, make_scene, render
 from tokenizer import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 
@@ -139,16 +139,42 @@ def pack(rows: list[list[QA]], images: list[Image.Image], encoder: Encoder, long
     )
 
 
-# The committed run's question mix, by step. Captions are the densest supervision a token (every object's colour, kind
-# and place), one bit answers the thinnest, so the middle phase leaves the long yes/no questions out until colours and
-# kinds are bound to places; `match` and `relation` come back after it.
+# The committed run's question mix, by step.
+# Captions are the densest supervision a token (every object's colour, kind and place), one-bit answers the thinnest, so
+# the second phase leaves the long yes/no questions out until colours and kinds are bound to places.
+# Comparing two objects (`relation`) stayed at chance through step 3,000: it was dropped, and `side` and `statement`,
+# which ask the same knowledge of one or two objects, came in.
 CAPTION_IN_EVERY_ROW_FROM = 1000
 BINDING_PHASE = range(1000, 1800)
-
-
-# Relations, counts of a kind and matches are learned last: the final phase draws them more.
-FINAL_PHASE_FROM = 2500
-FINAL_WEIGHTS = {**TYPE_WEIGHTS, "relation": 6, "count_which": 6, "match": 4, "kind": 4, "color": 2, "background": 0.25}
+COUNTING_FROM = 2500
+STATEMENTS_FROM = 3000
+EARLY_WEIGHTS = {
+    "color": 3,
+    "kind": 3,
+    "cell": 3,
+    "position": 3,
+    "count": 2,
+    "count_which": 3,
+    "exists": 2,
+    "relation": 2,
+    "match": 3,
+    "background": 0.5,
+    "caption": 2,
+}
+COUNTING_WEIGHTS = {**EARLY_WEIGHTS, "relation": 6, "count_which": 6, "match": 4, "kind": 4, "color": 2, "background": 0.25}
+FINAL_WEIGHTS = {
+    "color": 2,
+    "kind": 4,
+    "cell": 3,
+    "position": 2,
+    "count": 2,
+    "count_which": 6,
+    "exists": 2,
+    "side": 3,
+    "statement": 5,
+    "match": 5,
+    "background": 0.25,
+}
 
 
 def question_mix(step: int) -> tuple[bool, tuple[str, ...], dict[str, float]]:
@@ -157,7 +183,8 @@ def question_mix(step: int) -> tuple[bool, tuple[str, ...], dict[str, float]]:
     excluded = ("caption",) if with_caption else ()
     if step in BINDING_PHASE:
         excluded = (*excluded, "match", "relation")
-    return with_caption, excluded, FINAL_WEIGHTS if step >= FINAL_PHASE_FROM else TYPE_WEIGHTS
+    table = FINAL_WEIGHTS if step >= STATEMENTS_FROM else COUNTING_WEIGHTS if step >= COUNTING_FROM else EARLY_WEIGHTS
+    return with_caption, excluded, table
 
 
 def training_batch(step: int, seed: int, rows: int, length: int, encoder: Encoder, max_objects: int) -> Batch:

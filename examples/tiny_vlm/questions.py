@@ -7,7 +7,7 @@ near-duplicates of something true (one colour, one kind or one position changed)
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scenes import BACKGROUNDS, COLORS, DIGITS, SHAPES, Scene, SceneObject
 
@@ -15,7 +15,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 CAPTION_PROMPT = "Describe the image."
 MATCH_PROMPT = "Does this image show {text}?"
 
-# How often training and evaluation draw each type. Captions and matches are long, so they are drawn less.
+# The types, and how often the calibration pool draws each. Evaluation asks them about equally.
 TYPE_WEIGHTS = {
     "color": 3,
     "kind": 3,
@@ -24,8 +24,9 @@ TYPE_WEIGHTS = {
     "count": 2,
     "count_which": 3,
     "exists": 2,
-    "relation": 2,
-    "match": 3,
+    "side": 2,
+    "statement": 2,
+    "match": 2,
     "background": 0.5,
     "caption": 2,
 }
@@ -188,6 +189,28 @@ def _match(scene: Scene, rng: random.Random) -> QA:
     return QA(MATCH_PROMPT.format(text=text), "yes" if truth else "no", "match")
 
 
+def _side(scene: Scene, rng: random.Random) -> QA | None:
+    objects = _unique(scene, lambda o: (o.kind, o.color))
+    if not objects:
+        return None
+    obj = rng.choice(objects)
+    words = scene.position(obj.row, obj.col).split()
+    axis = rng.randrange(2)
+    names = {scene.position(r, c).split()[axis] for r in range(scene.rows) for c in range(scene.cols)}
+    truth = rng.random() < 0.5
+    word = words[axis] if truth else rng.choice(sorted(names - {words[axis]}))
+    return QA(f"Is the {name(obj.kind, obj.color)} at the {word}?", "yes" if truth else "no", "side")
+
+
+def _statement(scene: Scene, rng: random.Random) -> QA:
+    # The match prompt about one or two of the objects: what a match must verify, a piece at a time.
+    kept = sorted(rng.sample(range(len(scene.objects)), min(rng.randint(1, 2), len(scene.objects))))
+    part = replace(scene, objects=tuple(scene.objects[i] for i in kept))
+    text = caption(part) if rng.random() < 0.5 else distractor(part, rng)
+    truth = set(text.split(", ")) <= set(caption(scene).split(", "))
+    return QA(MATCH_PROMPT.format(text=text), "yes" if truth else "no", "statement")
+
+
 def _background(scene: Scene, rng: random.Random) -> QA:
     return QA("What color is the background?", scene.background, "background")
 
@@ -206,6 +229,8 @@ _MAKERS = {
     "exists": _exists,
     "relation": _relation,
     "match": _match,
+    "side": _side,
+    "statement": _statement,
     "background": _background,
     "caption": _caption,
 }
