@@ -24,26 +24,40 @@ _COMPILER = [f"{name}>=13.0.48,<13.1" for name in ("nvidia-cuda-nvcc", "nvidia-c
                                                     "nvidia-cuda-runtime", "nvidia-cuda-cccl")]
 
 
+# Kept from one install to the next: a build environment is thrown away, and with it the paths in CMake's cache and in ninja's
+# dependencies. So the second `pip install .` of a tree neither downloads the compiler nor compiles a kernel again.
+_KEPT = Path("build") / "cuda-compiler"
+
+
 def _installed_nvcc() -> Path | None:
-    """nvcc of a CUDA toolkit on this machine: CUDACXX, CUDA_HOME, CUDA_PATH, PATH, then the usual folder."""
+    """nvcc of a CUDA toolkit on this machine (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, the usual folder), or the kept one."""
     places = [os.environ.get("CUDACXX")]
     places += [str(Path(root) / "bin" / "nvcc") for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if root]
-    places += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    places += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", str(_KEPT.resolve() / "bin" / "nvcc")]
     return next((Path(place) for place in places if place and Path(place).is_file()), None)
 
 
 def _packaged_nvcc() -> Path | None:
-    """nvcc of the nvidia-cuda-nvcc package in this environment."""
+    """nvcc of the nvidia-cuda-nvcc package in the build environment, moved to where it can be kept."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        nvcc = Path(folder) / "cu13" / "bin" / "nvcc"
-        if nvcc.is_file():
-            # Its nvcc.profile points to lib64, its libraries are in lib. The build environment is pip's own and thrown away.
-            lib64 = nvcc.parents[1] / "lib64"
-            if not lib64.exists():
-                lib64.symlink_to("lib")
-            return nvcc
+        source = Path(folder) / "cu13"
+        if not (source / "bin" / "nvcc").is_file():
+            continue
+        partial = _KEPT.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=_link_or_copy)
+        (partial / "lib64").symlink_to("lib")  # nvcc.profile of 13.0 looks there
+        partial.rename(_KEPT)
+        return _KEPT.resolve() / "bin" / "nvcc"
     return None
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def _use_compiler() -> None:
