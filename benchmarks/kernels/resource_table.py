@@ -119,12 +119,13 @@ def read_code(text: str) -> dict[tuple[int, str], dict[str, int]]:
 
 
 def blocks_on_an_sm(row: dict[str, object], shared: int) -> int:
-    """By registers and threads (64 K registers; 1536 threads on SM86/87/89/12x, else 2048) and 100 KB (SM86/89/12x) or more of shared memory."""
+    """By registers, threads (1536 on SM86, 87, 89, 110, 12x, else 2048) and shared memory (100 KB on SM86, 89, 12x, else 164 or more)."""
     sm, name = int(row["sm"]), str(row["kernel"]).split()[0]
     threads = THREADS[name]
     registers = -(-int(row["registers"]) // 8) * 8 * threads
     small = sm in (86, 87, 89, 110, 120, 121)
-    return min(65536 // registers, (1536 if small else 2048) // threads, (100 if sm in (86, 89, 120, 121) else 164) * 1024 // (shared + 1024))
+    kilobytes = 100 if sm in (86, 89, 120, 121) else 164
+    return min(65536 // registers, (1536 if small else 2048) // threads, kilobytes * 1024 // (shared + 1024))
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def check_tiles(rows: int, cols: int) -> None:
     """Raise UserError unless [rows, cols] weights can be prepacked: both must be positive multiples of 32."""
     if rows < 1 or cols < 1 or rows % TILE_ROWS or cols % TILE_COLS:
         raise UserError(f"weights of {rows} rows x {cols} columns cannot be prepacked as mma_s8",
-                        f"rows must be a multiple of {TILE_ROWS} and columns of {TILE_COLS}; use weight_layout 'row_major' only with a kernel that takes them")
+                        f"rows must be a multiple of {TILE_ROWS} and columns of {TILE_COLS}; no kernel takes other sizes")
 
 
 def prepack_mma_s8(qweight: np.ndarray, interleave_gate_up: bool) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -36,23 +37,36 @@ def compiler() -> str | None:
 
 
 def build(kind: str, plugins: Path = PLUGINS) -> Path:
-    """Build the ``server`` (an executable under AddressSanitizer and UBSan) or the ``library`` (plain, for ctypes).
+    """Build the ``server`` (an executable under AddressSanitizer and UBSan), the ``library`` (plain, for ctypes), the ``plugin`` (the
+    same with plugins/trt) or ``plugin_enqueue`` (the host program of benchmarks/kernels that drives it).
 
     Objects and results are cached in the temporary directory under a hash of their preprocessed sources.
     """
     cache = Path(tempfile.gettempdir()) / f"ecmfq-emulation-{os.getuid()}"
     cache.mkdir(exist_ok=True)
+    with (cache / "lock").open("w") as lock:  # parallel workers: one compiles, the others find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(kind, plugins, cache)
+
+
+def _build(kind: str, plugins: Path, cache: Path) -> Path:
     options = _SANITIZE if kind == "server" else ["-O1"]
-    command = [compiler(), *_FLAGS, *options, f"-I{plugins / 'include'}", f"-I{plugins / 'capi'}", f"-I{EMULATION}", "-x", "c++"]
-    sources = sorted([*(plugins / "src").glob("*.cu"), *(plugins / "capi").glob("*.cu"), EMULATION / "emulation.cpp"])
-    sources.append(EMULATION / ("server.cpp" if kind == "server" else "layout_probe.cpp"))
+    includes = [plugins / "include", plugins / "capi", EMULATION, EMULATION / "cuda_on_host"]
+    command = [compiler(), *_FLAGS, *options, *(f"-I{folder}" for folder in includes), "-x", "c++"]
+    kernels = sorted([*(plugins / "src").glob("*.cu"), *(plugins / "capi").glob("*.cu"), EMULATION / "emulation.cpp"])
+    sources = {
+        "server": [*kernels, EMULATION / "server.cpp"],
+        "library": [*kernels, EMULATION / "layout_probe.cpp"],
+        "plugin": [*kernels, *(p for p in sorted((plugins / "trt").glob("*.cpp")) if p.stem != "abi_conformance")],
+        "plugin_enqueue": [ROOT / "benchmarks" / "kernels" / "plugin_enqueue.cpp"],
+    }[kind]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _object(command, source, cache), sources))
     digest = hashlib.sha256(" ".join([kind, *(o.name for o in objects)]).encode()).hexdigest()[:20]
-    target = cache / (f"server-{digest}" if kind == "server" else f"libecmfq_emulated-{digest}.so")
+    target = cache / f"{kind}-{digest}"
     if not target.exists():
-        link = options if kind == "server" else [*options, "-shared"]
-        _make(target, lambda out: _run([compiler(), *link, *map(str, objects), "-o", out]))
+        link = [*options, "-shared"] if kind in ("library", "plugin") else options
+        _make(target, lambda out: _run([compiler(), *link, *map(str, objects), "-o", out, "-ldl"]))
     return target
 
 
@@ -90,6 +104,20 @@ class Forced:
     seed: int = 1
 
 
+def request_bytes(case: Case, layout: int, forced: Forced = Forced()) -> bytes:
+    """A case as server.cpp (and benchmarks/kernels/plugin_enqueue.cpp) reads it; weights are prepacked here when the layout asks for it."""
+    tokens, hidden = case.hidden_states.shape
+    group = -1 if case.gate_up_multiplier is None else 128
+    header = np.array([tokens, case.num_experts, case.topk_ids.shape[1], hidden, case.intermediate_size, group, case.dtype_code, layout,
+                       forced.tiling, forced.term_columns, forced.persistent_blocks, forced.seed, 0, 0, 0, 0], np.int32)
+    gate_up, down = case.gate_up_qweight, case.down_qweight
+    if layout == MMA_S8:
+        gate_up, down = prepack_mma_s8(gate_up, True), prepack_mma_s8(down, False)
+    parts = [header, case.hidden_states, case.topk_ids, case.topk_weights, gate_up, case.gate_up_scale, case.gate_up_multiplier,
+             down, case.down_scale, case.down_multiplier]
+    return b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
+
+
 class Emulator:
     """A server process; one process runs many cases. Close it, or use it as a context manager."""
 
@@ -121,18 +149,8 @@ class Emulator:
             self._start()
         tokens, hidden = case.hidden_states.shape
         top_k, experts, inter = case.topk_ids.shape[1], case.num_experts, case.intermediate_size
-        group = -1 if case.gate_up_multiplier is None else 128
-        header = np.array([tokens, experts, top_k, hidden, inter, group, case.dtype_code, layout, forced.tiling, forced.term_columns,
-                           forced.persistent_blocks, forced.seed, 0, 0, 0, 0], np.int32)
-        gate_up, down = case.gate_up_qweight, case.down_qweight
-        if layout == MMA_S8:
-            gate_up, down = prepack_mma_s8(gate_up, True), prepack_mma_s8(down, False)
-        parts = [header, case.hidden_states, case.topk_ids, case.topk_weights, gate_up, case.gate_up_scale, case.gate_up_multiplier,
-                 down, case.down_scale, case.down_multiplier]
         try:
-            for part in parts:
-                if part is not None:
-                    self._process.stdin.write(np.ascontiguousarray(part).tobytes())
+            self._process.stdin.write(request_bytes(case, layout, forced))
             self._process.stdin.flush()
         except BrokenPipeError:
             raise EmulationError(self._report()) from None
@@ -147,7 +165,8 @@ class Emulator:
         inter_q = self._read(np.int8, (tokens * top_k, inter))
         inter_scale = self._read(np.float32, (tokens * top_k,))
         rows = int(offsets[-1])
-        return Result(output, _natural_order(act_q), act_scale, offsets, row_pair[:rows], _natural_order(inter_q[:rows]), inter_scale[:rows])
+        return Result(output, _natural_order(act_q), act_scale, offsets, row_pair[:rows], _natural_order(inter_q[:rows]),
+                      inter_scale[:rows])
 
     def _read(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize

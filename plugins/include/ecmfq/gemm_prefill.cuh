@@ -1,7 +1,7 @@
 // gemm_prefill.cuh - the tiling for many tokens an expert, where time is int8 multiply-adds and on-chip traffic.
 //
-// A persistent block walks (expert, tile) pairs. A tile is 256 weight rows x 64 tokens: with 4-bit weights and 8-bit tokens both sides
-// then cost the same shared-memory and L2 bytes (8 KB and 4 KB for 64 columns), and 64 tokens waste little when a MoE spreads its tokens thin.
+// A persistent block walks (expert, tile) pairs. A tile is 256 weight rows x 64 tokens: with 4-bit weights that is 8 KB and 4 KB for
+// 64 columns, the L2 traffic of a 128 x 128 tile, and 64 tokens waste less when a MoE spreads its tokens thin.
 // Eight warps take 32 weight rows each and all 64 tokens: weights are unpacked once, no warp repeats another's. Three stages of
 // cp.async stay below 48 KB of shared memory, so no opt-in is needed and two blocks fit on every GPU from SM80 on.
 // Weights of both layouts are brought to the same place in shared memory; only the copy differs.
