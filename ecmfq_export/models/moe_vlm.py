@@ -127,8 +127,13 @@ class MoEVLM:
         source = self._source(name)
         if isinstance(source, QuantizedSource):
             return source.load(self.checkpoint).dequantize()
-        tensor = self.checkpoint.load(source.name)
-        return tensor.transpose(-1, -2).contiguous() if source.transposed else tensor
+        if not source.transposed:
+            return self.checkpoint.load(source.name)
+        # Expert by expert, so that the two layouts are not in memory together.
+        tensor = torch.empty(self._shapes[name], dtype=self.checkpoint.dtype(source.name))
+        for expert, matrix in enumerate(tensor):
+            matrix.copy_(self.checkpoint.load_rows(source.name, expert, expert + 1)[0].t())
+        return tensor
 
     def tensor_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """``tensor(name)[start:stop]`` reading only these rows of the first axis (experts, vocabulary); errors alike."""

@@ -196,7 +196,9 @@ def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[st
         for name in model.names()
         if name.startswith("vision.") and quantizable_modules(name, model.shape(name), model.family.disk_name)
     )
-    ignore += [model.family.disk_name(name).removesuffix(".weight") for name in model.names() if name.endswith("mlp.router.weight")]
+    ignore += [
+        model.family.disk_name(name).removesuffix(".weight") for name in model.names() if name.endswith("mlp.router.weight")
+    ]
     formats = {scheme.storage for scheme in targets}
     return {
         "quant_method": "compressed-tensors",

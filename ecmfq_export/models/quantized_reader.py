@@ -117,7 +117,9 @@ class QuantizedSource:
         if multiplier is not None:
             multiplier = multiplier.view(*shape[:-1], -1)
         try:
-            weight = QTensor(qvalue.view(shape), scale.view(shape[:-1]), self.scheme.num_bits, self.scheme.group_size, multiplier)
+            weight = QTensor(
+                qvalue.view(shape), scale.view(shape[:-1]), self.scheme.num_bits, self.scheme.group_size, multiplier
+            )
         except UserError as error:
             raise CheckpointError(
                 f"'{flat[0]}': {error.what}", "the checkpoint was damaged, or was not quantized symmetrically"
@@ -177,15 +179,17 @@ def read_quantization(
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    groups, ignore = _groups(quantization)
+    choose = _chooser(*_groups(quantization))
     sources: dict[str, QuantizedSource] = {}
     for name, shape in shapes.items():
         modules = quantizable_modules(name, shape, disk_name)
         if not modules:
             continue
-        schemes = {_match(module, groups, ignore) for parts in modules for module in parts}
+        schemes = {choose(module) for parts in modules for module in parts}
         if len(schemes) > 1:
-            raise UnsupportedError(f"quantization_config gives the experts of '{name}' different schemes", "give all one scheme")
+            raise UnsupportedError(
+                f"quantization_config gives the experts of '{name}' different schemes", "give all one scheme"
+            )
         scheme = schemes.pop()
         if scheme is not None:
             if name.startswith("vision."):
@@ -259,17 +263,27 @@ def _scheme(name: str, group: Any, default_format: Any) -> tuple[list[str], Sche
     return targets, scheme
 
 
-def _match(module: str, groups: list[tuple[list[str], Scheme]], ignore: list[str]) -> Scheme | None:
-    """The first group that targets `module`, as compressed-tensors matches: ``re:`` patterns, names, or the class Linear."""
-    if any(_hits(module, pattern) for pattern in ignore):
-        return None
-    return next((scheme for targets, scheme in groups if any(_hits(module, target) for target in targets)), None)
+def _chooser(groups: list[tuple[list[str], Scheme]], ignore: list[str]) -> Callable[[str], Scheme | None]:
+    """Module name to the scheme of the first group that targets it, None where it is ignored or no group does."""
+    ignored = _matcher(ignore)
+    matchers = [(_matcher(targets), scheme) for targets, scheme in groups]
+
+    def choose(module: str) -> Scheme | None:
+        if ignored(module):
+            return None
+        return next((scheme for matches, scheme in matchers if matches(module)), None)
+
+    return choose
 
 
-def _hits(module: str, target: str) -> bool:
-    if target.startswith("re:"):
-        try:
-            return re.match(target.removeprefix("re:"), module) is not None
-        except re.error as error:
-            raise CheckpointError(f"quantization_config: pattern {target!r} is invalid: {error}") from None
-    return target == module or target == "Linear"
+def _matcher(targets: list[str]) -> Callable[[str], bool]:
+    """As compressed-tensors matches: ``re:`` patterns from the name's beginning, whole names, or the class Linear."""
+    names = {target for target in targets if isinstance(target, str)}
+    patterns = []
+    for target in sorted(names):
+        if target.startswith("re:"):
+            try:
+                patterns.append(re.compile(target.removeprefix("re:")))
+            except re.error as error:
+                raise CheckpointError(f"quantization_config: pattern {target!r} is invalid: {error}") from None
+    return lambda module: module in names or "Linear" in names or any(pattern.match(module) for pattern in patterns)

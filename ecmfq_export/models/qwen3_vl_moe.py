@@ -152,7 +152,9 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
     dense = DenseMlpSpec(hidden_size, text.whole("intermediate_size"))
     step, dense_layers = text.whole("decoder_sparse_step"), text.take("mlp_only_layers")
     dense_layers = () if dense_layers is None else text.wholes("mlp_only_layers")
-    return tuple(DecoderLayerSpec(i, attention, dense if i in dense_layers or (i + 1) % step else moe) for i in range(num_layers))
+    return tuple(
+        DecoderLayerSpec(i, attention, dense if i in dense_layers or (i + 1) % step else moe) for i in range(num_layers)
+    )
 
 
 def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_dim: int) -> RopeSpec:
