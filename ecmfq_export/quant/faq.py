@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ecmfq_export.quant.gptq import quantize_gptq
+from ecmfq_export.quant.gptq import gptq_bytes, quantize_gptq
 from ecmfq_export.quant.hessian import WeightedHessian, shrink, shrinkage
-from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.qtensor import QTensor, cat_experts, chunked
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES
 
 FEW_TOKENS_DAMP = 5.0
@@ -54,13 +54,19 @@ def quantize_faq(
     Raises:
         UserError: NaN or infinity in weights or Hessians.
     """
-    matrix, cross = hessian.matrix, hessian.cross
     n_eff = hessian.n_eff
-    if weight.shape[0] > 1 or target is not None:
-        if target is None:
-            target, target_cross = hessian.pooled()
-        matrix, cross = shrink(matrix, cross, target, target_cross, shrinkage(n_eff, settings.kappa))
-    few = n_eff < weight.shape[-1]
-    percdamp = settings.percdamp * torch.where(few, FEW_TOKENS_DAMP, 1.0).float()
-    return quantize_gptq(weight, matrix, settings.num_bits, settings.group_size, percdamp=percdamp.clamp_max(1.0), cross=cross,
-                         cross_strength=settings.cross_strength, max_bytes=settings.max_bytes)
+    share = shrinkage(n_eff, settings.kappa)
+    percdamp = settings.percdamp * torch.where(n_eff < weight.shape[-1], FEW_TOKENS_DAMP, 1.0).float()
+    if target is None and weight.shape[0] > 1:
+        target, target_cross = hessian.pooled()
+    parts: list[QTensor] = []
+    # Shrunk copies exist for a few experts at a time: a layer's Hessians are larger than its weights.
+    for part in chunked(weight.shape[0], gptq_bytes(*weight.shape[1:]), settings.max_bytes):
+        matrix, cross = hessian.matrix[part], None if hessian.cross is None else hessian.cross[part]
+        if target is not None:
+            shared, shared_cross = (t if t is None or t.ndim == 2 else t[part] for t in (target, target_cross))
+            matrix, cross = shrink(matrix, cross, shared, shared_cross, share[part])
+        parts.append(quantize_gptq(weight[part], matrix, settings.num_bits, settings.group_size,
+                                   percdamp=percdamp[part].clamp_max(1.0), cross=cross, cross_strength=settings.cross_strength,
+                                   max_bytes=settings.max_bytes))
+    return cat_experts(parts)

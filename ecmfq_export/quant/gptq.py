@@ -49,8 +49,7 @@ def quantize_gptq(
     damp = torch.as_tensor(percdamp, dtype=torch.float32).expand(experts)
     qvalue = torch.empty(weight.shape, dtype=torch.int8)
     scales, multipliers = [], []
-    bytes_each = 4 * (6 * columns * columns + 5 * rows * columns)
-    for part in chunked(experts, bytes_each, max_bytes):
+    for part in chunked(experts, gptq_bytes(rows, columns), max_bytes):
         matrix, factor = _prepared(hessian[part])
         importance = matrix.diagonal(dim1=-2, dim2=-1)
         order = torch.argsort(importance, dim=-1, descending=True, stable=True) if descending else None
@@ -71,6 +70,11 @@ def quantize_gptq(
         if multiplier is not None:
             multipliers.append(multiplier)
     return QTensor(qvalue, torch.cat(scales), num_bits, group_size, torch.cat(multipliers) if multipliers else None)
+
+
+def gptq_bytes(rows: int, columns: int) -> int:
+    """Working memory of :func:`quantize_gptq` for one expert."""
+    return 4 * (6 * columns * columns + 5 * rows * columns)
 
 
 def _prepared(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,6 +121,18 @@ def cat_rows(parts: list[QTensor]) -> QTensor:
                    first.num_bits, first.group_size, multiplier)
 
 
+def cat_experts(parts: list[QTensor]) -> QTensor:
+    """Concatenate along the first axis. All parts share bits, group size, N and K."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    multiplier = None
+    if first.group_multiplier is not None:
+        multiplier = torch.cat([part.group_multiplier for part in parts if part.group_multiplier is not None])
+    return QTensor(torch.cat([p.qvalue for p in parts]), torch.cat([p.scale for p in parts]),
+                   first.num_bits, first.group_size, multiplier)
+
+
 def group_count(columns: int, group_size: int) -> int:
     """Number of groups of `columns` columns.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.torch_decoder import decoder_logits, load_layer
 from ecmfq_export.runtime.sample import ProcessedSample
@@ -24,11 +25,16 @@ class Judge:
         model: the floating-point model.
         samples: the held-out samples that `batches` were prepared from.
         batches, store: their batches; the store holds their embeddings under ``fp``.
+
+    Raises:
+        UserError: held-out samples without a token to predict.
     """
 
     def __init__(self, model: MoEVLM, samples: Sequence[ProcessedSample], batches: list[Batch], store: ActivationStore) -> None:
         self._model, self._batches, self._store = model, batches, store
         self._positions = _judged_positions(samples, batches)
+        if not any(bool(mask.any()) for mask in self._positions.values()):
+            raise UserError("the held-out samples have no token to predict", "give more samples, with answers where you can")
         for batch in batches:
             store.put(f"judge/{batch.index}", store.get(f"fp/{batch.index}"))
         self._reference = self._log_probs(["judge"], 0)["judge"]
