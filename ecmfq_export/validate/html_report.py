@@ -30,7 +30,8 @@ section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; paddi
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { text-align: left; color: #5b636d; font-weight: 600; border-bottom: 1px solid #d5d9df; padding: 4px 10px 4px 0; }
 td { border-bottom: 1px solid #eef0f3; padding: 4px 10px 4px 0; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n, th.n { text-align: right; }
+td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .ok { color: #2f7347; font-weight: 600; } .bad { color: #b3392f; font-weight: 600; } .open { color: #8a6d1a; font-weight: 600; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 16px; }
 .two section { margin: 0; } .two { margin-bottom: 16px; }

@@ -25,7 +25,7 @@ class Thresholds:
 
     Attributes:
         onnx_top1: least fraction of decisive positions where ONNX Runtime and the quantized PyTorch model pick the same token.
-        onnx_kl: largest mean KL between the two, nats. Both compute the same integers wherever their inputs are equal;
+        onnx_kl: largest mean KL between the two, nats, and between the graph's prefill and its decode steps. Both compute the same integers wherever their inputs are equal;
             what remains is rounding of activations, which moves an int8 value by one step here and there.
         quantized_kl: largest mean KL between floating-point and quantized PyTorch, nats.
         retention: least accuracy of the quantized model (and of its graph) as a fraction of the floating-point one's.
@@ -59,10 +59,13 @@ class Check:
 def judge(report: dict[str, Any], thresholds: Thresholds) -> list[dict[str, Any]]:
     """The checks that a report's figures allow, as data; see :class:`Thresholds`."""
     onnx, quantized = report["logits"]["quantized_vs_onnx"], report["logits"]["float_vs_quantized"]
+    decode = report["logits"]["prefill_vs_decode"]
     checks = [
         _at_least("ONNX Runtime picks PyTorch's token", onnx["top1_decisive"], thresholds.onnx_top1,
                   f"{onnx['decisive_disagreements']} of {onnx['decisive_positions']} decisive positions differ"),
         _at_most("KL, quantized PyTorch to ONNX Runtime", onnx["kl_mean"], thresholds.onnx_kl, f"largest {onnx['kl_max']:.2g}"),
+        _at_most("KL, ONNX Runtime's prefill to its decode steps", decode["kl_mean"], thresholds.onnx_kl,
+                 f"{decode['positions']} positions, through the cache"),
         _at_most("KL, floating point to quantized", quantized["kl_mean"], thresholds.quantized_kl,
                  f"95% of positions below {quantized['kl_p95']:.2g}"),
     ]  # fmt: skip

@@ -38,7 +38,7 @@ def page(report, image) -> str:
 
 def test_a_good_report_passes(report):
     assert verdict(report) and failures(report) == []
-    assert [c["passed"] for c in report["checks"]] == [True] * 6
+    assert [c["passed"] for c in report["checks"]] == [True] * 7
     require_passed(report)
 
 
@@ -47,6 +47,7 @@ def test_a_good_report_passes(report):
     [
         (("logits", "quantized_vs_onnx", "top1_decisive"), 0.985, "ONNX Runtime picks PyTorch's token: 0.985, must be >= 0.99"),
         (("logits", "quantized_vs_onnx", "kl_mean"), 0.02, "KL, quantized PyTorch to ONNX Runtime: 0.02, must be <= 0.01"),
+        (("logits", "prefill_vs_decode", "kl_mean"), 0.02, "KL, ONNX Runtime's prefill to its decode steps"),
         (("logits", "float_vs_quantized", "kl_mean"), 0.3, "KL, floating point to quantized"),
         (("bytes", "layers", "w4a8", "ratio"), 0.27, "bytes of W4A8 layers / float16"),
         (("retention", "quantized"), 0.96, "accuracy kept, quantized PyTorch"),
@@ -76,7 +77,7 @@ def test_retention_of_few_questions_is_not_judged():
 
 def test_without_questions():
     report = example_report(accuracy=None, retention=None, paired=None, same_answers=None, retrieval=None, engines=None, items=[])
-    assert len(report["checks"]) == 4 and verdict(report)
+    assert len(report["checks"]) == 5 and verdict(report)
     assert "Accuracy by question type" not in render(report)
     print_report(report, Console(file=io.StringIO()))
 
@@ -84,7 +85,7 @@ def test_without_questions():
 def test_a_float_checkpoint_has_no_quantized_layers():
     sizes = {**example_report()["bytes"], "layers": {}}
     report = example_report(bytes=sizes)
-    assert len(report["checks"]) == 5 and "<svg" in render(report)
+    assert len(report["checks"]) == 6 and "<svg" in render(report)
 
 
 def test_terminal_tables(report):
