@@ -25,8 +25,9 @@ class Thresholds:
 
     Attributes:
         onnx_top1: least fraction of decisive positions where ONNX Runtime and the quantized PyTorch model pick the same token.
-        onnx_kl: largest mean KL between the two, nats, and between the graph's prefill and its decode steps. Both compute the same integers wherever their inputs are equal;
-            what remains is rounding of activations, which moves an int8 value by one step here and there.
+        onnx_kl: largest mean KL between the two, and between the graph's prefill and its decode steps, nats. All of them compute
+            the same integers wherever their inputs are equal; what remains is rounding of activations, which moves an int8 value
+            by one step here and there.
         quantized_kl: largest mean KL between floating-point and quantized PyTorch, nats.
         retention: least accuracy of the quantized model (and of its graph) as a fraction of the floating-point one's.
         retention_items: with fewer questions than this, retention is shown but not judged: its noise exceeds the margin.
