@@ -72,8 +72,9 @@ class Generator:
     """
 
     def __init__(self, directory: Path | str, runner_factory: Callable[[Path], Runner]) -> None:
-        self.processor = Processor(directory)
+        # The session first: of a directory that is no export at all, it says so.
         self.session = DecoderSession(directory, runner_factory)
+        self.processor = Processor(directory)
 
     def generate(
         self,
