@@ -111,3 +111,11 @@ def test_split_holds_out_whole_groups():
     assert 0 < sum(held) < 8
     assert all(len({h for g, h in zip(groups, held, strict=True) if g == name}) == 1 for name in groups)
     assert split_heldout(["a", "a"], 0.5, 0).count(True) == 1
+
+
+def test_text_only_pool(tiny, tmp_path):
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": f"Say {i}"}) + "\n" for i in range(4)))
+    out = calibrate(tiny, tmp_path / "s.jsonl", tmp_path / "c", SETTINGS, Silent())
+    calibration = load_calibration(out)
+    assert len(calibration.samples) == 4 and sum(calibration.heldout) == 1
+    assert all(sample.pixel_values is None and not sample.answer_mask.any() for sample in calibration.samples)

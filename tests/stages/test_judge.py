@@ -1,0 +1,33 @@
+"""Which positions the held-out KL is taken at."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from ecmfq_export.runtime.sample import ProcessedSample
+from ecmfq_export.stages import judge
+
+
+def batch_of(types: list[list[int]], index: int = 0, first: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(index=index, samples=list(range(first, first + len(types))), types=torch.tensor(types))
+
+
+def sample(length: int, answer: int) -> ProcessedSample:
+    mask = np.zeros(length, bool)
+    mask[length - answer :] = answer > 0
+    return ProcessedSample(np.arange(length), None, None, mask)
+
+
+def test_positions_before_answer_tokens_or_before_text_tokens():
+    found = judge._judged_positions([sample(5, 2), sample(4, 0)], [batch_of([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]])])[0]
+    assert found.tolist() == [[False, False, True, True, False], [False, False, True, False, False]]
+
+
+def test_many_positions_are_thinned_evenly_over_batches(monkeypatch):
+    monkeypatch.setattr(judge, "MAX_POSITIONS", 10)
+    samples = [sample(20, 19) for _ in range(4)]
+    batches = [batch_of([[0] * 20] * 2, 0), batch_of([[0] * 20] * 2, 1, first=2)]
+    found = judge._judged_positions(samples, batches)
+    counts = [int(mask.sum()) for mask in found.values()]
+    assert 5 <= sum(counts) <= 10 and abs(counts[0] - counts[1]) <= 1
