@@ -73,7 +73,7 @@ def measure(sms: list[int], nvcc: str, cuobjdump: str) -> tuple[list[dict[str, o
             fat = Path(work) / f"{source.stem}.fatbin"
             targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in sms]
             before = os.times()
-            run([nvcc, "-std=c++17", "-O3", f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'capi'}", *targets, "-fatbin", str(source),
+            run([nvcc, "-std=c++17", "-O3", "--threads=4", f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'capi'}", *targets, "-fatbin", str(source),
                  "-o", str(fat)])
             after = os.times()
             seconds[source.name] = after.children_user + after.children_system - before.children_user - before.children_system
