@@ -20,7 +20,8 @@ GOOD: dict[str, Any] = {
 WRONG: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 9}, "num_experts": {"num_experts": 0}, "activation": {"activation": "relu"},
     "weight_layout": {"weight_layout": "column_major"}, "group_size": {"group_size": 64}, "abi_version": {"abi_version": 2},
-    "hidden_size": {"hidden_size": 257}, "intermediate_size": {"intermediate_size": -4}, "unknown": {"colour": 1}, "missing": {"top_k": None},
+    "hidden_size": {"hidden_size": 257}, "intermediate_size": {"intermediate_size": -4},
+    "unknown": {"colour": 1}, "missing": {"top_k": None},
 }
 
 
