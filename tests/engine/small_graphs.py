@@ -96,5 +96,6 @@ class _Graph:
                 inputs.append(self.constant(f"{p}.{name}_multiplier", multiplier))
         self.nodes.append(helper.make_node(
             "EcmfqRoutedMoE", inputs, [f"{p}.moe_out"], name=f"{p}.moe", domain="ecmfq", num_experts=EXPERTS, top_k=TOP_K,
-            hidden_size=HIDDEN, intermediate_size=INNER, activation="silu_glu", group_size=group_size, weight_layout="row_major", abi_version=1))
+            hidden_size=HIDDEN, intermediate_size=INNER, activation="silu_glu", group_size=group_size,
+            weight_layout="row_major", abi_version=1))
         return self.node("Add", [x, f"{p}.moe_out"], [f"{p}.after_moe"])
