@@ -78,6 +78,8 @@ def attach_reference_functions(model: ir.Model) -> None:
         columns = max(max(node.attributes[key].as_int() for key in ("hidden_size", "intermediate_size")) for node in routed)
         functions.append(routed_moe_function(group_sizes.pop(), columns))
     for function in functions:
+        # The bodies need no operator newer than 20; a model of an older opset than theirs must not mix two.
+        function.opset_imports[""] = model.graph.opset_imports[""]
         model.functions[function.identifier()] = function
 
 

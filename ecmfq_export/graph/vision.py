@@ -18,7 +18,7 @@ from onnx_ir.passes.common import clear_metadata_and_docstring
 from torch import nn
 from torch.nn import functional
 
-from ecmfq_export.errors import UnsupportedError
+from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.graph.builder import IR_VERSION, OPSET
 from ecmfq_export.models.spec import VisionSpec
 
@@ -102,9 +102,13 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
     """Trace `tower` (converted to `dtype` in place) into a graph with any number of patches.
 
     Raises:
-        UnsupportedError: a tower of another form, or one that torch cannot export.
+        UnsupportedError: a tower of another form.
+        CheckpointError: a weight that `dtype` cannot hold.
     """
     module = HostedVisionTower(tower).to(TORCH_DTYPES[dtype]).eval()
+    for name, weight in tower.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"vision.{name} holds values beyond {dtype.name}", "export with dtype float32")
     # inv_freq must stay float32: angles of float16 frequencies are off by whole radians.
     rotary = tower.rotary_pos_emb
     rotary.inv_freq = rotary.compute_axial_rope_parameters(rotary.config)[0]

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ecmfq_export.errors import UnsupportedError
+from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.graph.vision import HostedVisionTower, trace_vision
 from ecmfq_export.runtime.host_inputs import vision_inputs
 from tests.graph.helpers import session, spec_of
@@ -71,3 +71,10 @@ def test_contract(graph):
 def test_another_tower_is_refused():
     with pytest.raises(UnsupportedError, match="has no patch_embed"):
         HostedVisionTower(torch.nn.Linear(1, 1))
+
+
+def test_a_weight_beyond_float16_is_refused():
+    model = build_qwen3_vl_moe(qwen3_vl_moe_config())
+    model.model.visual.merger.norm.weight.data[1] = 1e6
+    with pytest.raises(CheckpointError, match=r"vision\.merger\.norm\.weight"):
+        trace_vision(model.model.visual, spec_of(model).vision, ir.DataType.FLOAT16)
