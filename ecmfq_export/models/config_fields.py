@@ -43,19 +43,19 @@ class ConfigFields:
         if not present:
             return getattr(self._defaults, name, None)
         values = [self._given[spelling] for spelling in present]
-        if any(value != values[0] for value in values):
+        if any(value != values[0] for value in values[1:]):
             raise UnsupportedError(f"config.json: {self.label(present[0])} = {values[0]!r} but {present[1]} = {values[1]!r}")
         return values[0]
 
-    def whole(self, name: str, minimum: int = 1) -> int:
+    def whole(self, name: str, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         """An integer field.
 
         Raises:
-            CheckpointError: no integer, or below `minimum`.
+            CheckpointError: no integer, or outside [`minimum`, `maximum`].
         """
         value = self.take(name)
-        if type(value) is not int or value < minimum:
-            raise CheckpointError(f"config.json: {self.label(name)} = {value!r}", f"expected an integer of at least {minimum}")
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise CheckpointError(f"config.json: {self.label(name)} = {value!r}", f"expected an integer from {minimum} to {maximum}")
         return value
 
     def number(self, name: str) -> float:

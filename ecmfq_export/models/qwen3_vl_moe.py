@@ -55,6 +55,10 @@ _TEXT_HARMLESS = _BOOKKEEPING | {
 }
 
 
+_MAX_LAYERS = 10_000
+"""A damaged count must not keep the machine building layers."""
+
+
 def read_spec(config: dict[str, Any]) -> ModelSpec:
     """The spec of a ``config.json``; absent fields take the defaults of transformers' config classes.
 
@@ -134,7 +138,7 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
     text.expect("norm_topk_prob", True, None, why="transformers' class always renormalizes the selected scores")
     text.expect("sliding_window", None, why="attention is over the whole context")
     text.expect("use_sliding_window", False, None, why="attention is over the whole context")
-    num_layers = text.whole("num_hidden_layers")
+    num_layers = text.whole("num_hidden_layers", maximum=_MAX_LAYERS)
     text.expect("layer_types", None, ["full_attention"] * num_layers, why="attention is over the whole context")
     num_heads, num_kv_heads = text.whole("num_attention_heads"), text.whole("num_key_value_heads")
     head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
@@ -162,9 +166,9 @@ def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_di
     for name in ("rope_parameters", "rope_scaling", "rope_theta"):
         text.take(name)
     spelled = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name) is not None]
-    thetas = {section["rope_theta"] for section in spelled if isinstance(section, dict) and "rope_theta" in section}
-    thetas |= {given["rope_theta"]} if given.get("rope_theta") is not None else set()
-    if len(spelled) > 1 or len(thetas) > 1:
+    thetas = [section["rope_theta"] for section in spelled if isinstance(section, dict) and "rope_theta" in section]
+    thetas += [given["rope_theta"]] if given.get("rope_theta") is not None else []
+    if len(spelled) > 1 or any(theta != thetas[0] for theta in thetas[1:]):
         raise UnsupportedError(
             "config.json: rope_parameters, rope_scaling and rope_theta of text_config contradict each other",
             "keep one of rope_parameters and rope_scaling, and one rope_theta",
@@ -205,7 +209,7 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
     rope.finish({})
     spec = VisionSpec(
         hidden_size=vision.whole("hidden_size"),
-        num_layers=vision.whole("depth"),
+        num_layers=vision.whole("depth", maximum=_MAX_LAYERS),
         num_heads=vision.whole("num_heads"),
         in_channels=vision.whole("in_channels"),
         patch_size=vision.whole("patch_size"),

@@ -63,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = Path(path) / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {CONFIG_FILE}", "give the directory of a Hugging Face checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -71,6 +71,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, no object", "download it again")
     return config
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

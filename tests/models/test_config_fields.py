@@ -158,7 +158,7 @@ REFUSED = [
     ("text_config.layer_types", ["full_attention", "sliding_attention"], "layer_types"),
     ("text_config.num_experts", 9, "num_experts = 9 but num_local_experts = 8"),
     ("text_config.num_experts_per_tok", 9, "num_experts_per_tok = 9 of num_experts = 8"),
-    ("text_config.num_experts_per_tok", 0, "at least 1"),
+    ("text_config.num_experts_per_tok", 0, "integer from 1"),
     ("text_config.num_key_value_heads", 4, "num_attention_heads = 6"),
     ("text_config.head_dim", 31, "head_dim"),
     ("text_config.rms_norm_eps", 0.0, "positive number"),
@@ -173,6 +173,13 @@ REFUSED = [
     ("text_config.rope_parameters.mrope_section", [24, 20, 20], "does not interleave"),
     ("text_config.rope_parameters.partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ("text_config.rope_theta", 5e6, "contradict"),
+    ("text_config.rope_theta", [1], "contradict"),
+    ("text_config.rope_parameters.rope_theta", [], "rope_theta"),
+    ("text_config.num_hidden_layers", 10**30, "num_hidden_layers"),
+    ("text_config.head_dim", 10**30, "head_dim"),
+    ("text_config.num_hidden_layers", 2**31 - 1, "num_hidden_layers"),
+    ("vision_config.depth", 2**31 - 1, "vision_config.depth"),
+    ("text_config.rms_norm_eps", float("nan"), "rms_norm_eps"),
     ("text_config.rope_scaling", {"rope_type": "default", "mrope_section": [8, 4, 4]}, "contradict"),
     ("text_config", [], "text_config"),
     ("vision_config.model_type", "siglip", "siglip"),
@@ -222,7 +229,13 @@ def test_both_spellings_of_rope_and_experts() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "holds a list"), ("[" * 100000, "cannot be read")],
+    [
+        (None, "has no config.json"),
+        ("{", "cannot be read"),
+        ("[]", "holds a list"),
+        ("[" * 100000, "cannot be read"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+    ],
 )
 def test_unreadable_config(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
