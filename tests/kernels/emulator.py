@@ -123,6 +123,8 @@ class Emulator:
 
     def __init__(self, executable: Path) -> None:
         self._executable = executable
+        self.streamed_bytes = 0
+        """Bytes of weights that the last case's decode kernels read."""
         self._start()
 
     def _start(self) -> None:
@@ -157,6 +159,7 @@ class Emulator:
         status = int(self._read(np.int32, (1,))[0])
         if status:
             raise EmulationError(f"status {status}")
+        self.streamed_bytes = int(self._read(np.int64, (1,))[0])
         output = self._read(DTYPES[case.dtype_code], (tokens, hidden))
         act_q = self._read(np.int8, (tokens, hidden))
         act_scale = self._read(np.float32, (tokens,))

@@ -130,6 +130,17 @@ def test_tilings_and_repeats_agree(emulator: em.Emulator) -> None:
     assert len(outputs) == 1
 
 
+@pytest.mark.parametrize("tiling,tokens", [(em.DECODE_8, 8), (em.DECODE_32, 32)])
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_decode_reads_every_touched_weight_once(emulator: em.Emulator, tiling: int, tokens: int, group_size: int) -> None:
+    """With up to as many tokens an expert as the tiling has columns: no byte of a touched expert twice, none of another at all."""
+    case = make_case(Shape(tokens, 24, 1, 256, 384, group_size, routing="skewed", seed=tokens))
+    assert differences(emulator.run(case, em.MMA_S8, em.Forced(tiling=tiling)), routed_moe(case)) == []
+    touched = len(np.unique(case.topk_ids))
+    assert 1 < touched < 24
+    assert emulator.streamed_bytes == touched * 3 * 256 * 384 // 2
+
+
 def test_largest_sums_do_not_overflow(emulator: em.Emulator) -> None:
     """Every weight -8, every activation at its limit, both group modes' largest widths but for memory: 16384 and 4096 columns."""
     for hidden, group in ((16384, 128), (16384, -1)):

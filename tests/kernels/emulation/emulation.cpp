@@ -209,6 +209,12 @@ dim3 grid_size() { return machine.grid_size; }
 unsigned char* shared() { return machine.shared; }
 Exchange& exchange() { return own_warp().exchange; }
 void set_seed(uint64_t seed) { machine.random = seed * 2 + 1; }
+int64_t streamed_bytes(int64_t add, bool reset) {
+  static int64_t total = 0;
+  const int64_t before = total;
+  total = reset ? 0 : total + add;
+  return before;
+}
 
 void barrier() {
   self().state = State::kAtBarrier;

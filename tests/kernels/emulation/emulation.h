@@ -54,6 +54,8 @@ void copy_wait(int pending);
 // Runs a grid; false when the launch itself would be refused. Programming errors abort with a message.
 bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 void set_seed(uint64_t seed);
+// Bytes that went through load_stream_16 since the last call with `reset`.
+int64_t streamed_bytes(int64_t add, bool reset = false);
 
 inline int lane() { return static_cast<int>(thread_index().x) & (kWarp - 1); }
 
@@ -91,7 +93,10 @@ inline void cp_async_wait() {
   emulation::copy_wait(kPending);
 }
 
-inline uint4 load_stream_16(const void* global) { return *static_cast<const uint4*>(global); }
+inline uint4 load_stream_16(const void* global) {
+  emulation::streamed_bytes(16);
+  return *static_cast<const uint4*>(global);
+}
 inline uint2 load_8(const void* global) { return *static_cast<const uint2*>(global); }
 inline uint32_t load_4(const void* global) { return *static_cast<const uint32_t*>(global); }
 

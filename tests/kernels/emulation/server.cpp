@@ -1,8 +1,8 @@
 // server.cpp - runs the emulated layer on cases from stdin and writes results to stdout, so that the sanitizers live in a process of
 // their own. Every tensor is a heap block of exactly its size: an access one byte outside is an AddressSanitizer error.
 //
-// Request: 16 int32 (Request below), then the tensors in the order of read_tensors(). Answer: int32 status, and when it is 0 the
-// output followed by the workspace's integer stages. See tests/kernels/emulator.py for the other end.
+// Request: 16 int32 (Request below), then the tensors in the order of read_tensors(). Answer: int32 status, and when it is 0
+// an int64 (bytes of weights streamed), the output, and the workspace's integer stages. See tests/kernels/emulator.py for the other end.
 #include <sanitizer/asan_interface.h>
 
 #include <cstdio>
@@ -106,6 +106,7 @@ void serve(const Request& r) {
   size_t bytes = 0;
   int32_t status = ecmfq_routed_moe_workspace_size(&p, &bytes);
   const Block workspace = allocate(static_cast<int64_t>(bytes), 256);
+  emulation::streamed_bytes(0, true);
   emulation::set_seed(static_cast<uint64_t>(r.seed));
 
   ecmfq::MoeProblem problem{};
@@ -135,6 +136,8 @@ void serve(const Request& r) {
   write_exactly(&status, 4);
   if (status == ECMFQ_OK) {
     const char* ws = workspace.get();
+    const int64_t streamed = emulation::streamed_bytes(0);
+    write_exactly(&streamed, 8);
     write_exactly(output.get(), static_cast<size_t>(t * h * 2));
     write_exactly(ws + at.act_q, static_cast<size_t>(t * h));
     write_exactly(ws + at.act_scale, static_cast<size_t>(t * 4));
