@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from ecmfq_export.errors import BundleError
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Silent
+from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.stages.calibration import load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer
+from ecmfq_export.stages.samples import load_pool
 from ecmfq_export.stages.smooth import load_scales, smooth
 from ecmfq_export.stages.streams import ActivationStore, add_deepstack, prepare_batches
 from tests.stages.common import SETTINGS, file_hashes
@@ -78,3 +81,29 @@ def test_damage_is_refused(smoothed, calibrated, tmp_path):
     (tmp_path / "s" / "scales.safetensors").unlink()
     with pytest.raises(BundleError, match="missing"):
         load_scales(tmp_path / "s")
+
+
+def test_trained_example_routes_every_token_as_before_whatever_is_folded():
+    """Random powers of two on every norm, value and expert, through the stored bf16: harsher than any search's result."""
+    root = Path(__file__).parents[2]
+    directory = root / "examples" / "tiny_vlm" / "checkpoint"
+    model, processor = open_model(directory), Processor(directory)
+    samples = [sample.process(processor) for sample in load_pool(root / "calib_data")[:32]]
+    original = [load_layer(model, index) for index in range(model.spec.num_layers)]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.exp2(torch.randint(-5, 6, shape, generator=generator).float())
+
+    folded = []
+    for layer in original:
+        spec, mlp = layer.spec.attention, layer.spec.mlp
+        scales = LayerScales(draw(mlp.hidden_size), draw(spec.num_kv_heads * spec.head_dim), draw(mlp.hidden_size),
+                             draw(mlp.num_experts, mlp.intermediate_size))
+        after = fold_layer(layer, scales)
+        after.tensors = {name: tensor.bfloat16().float() for name, tensor in after.tensors.items()}
+        folded.append(after)
+    (ids, last), (folded_ids, folded_last) = decode(model, samples, original), decode(model, samples, folded)
+    assert sum(len(part) for part in ids) > 4000
+    assert all(torch.equal(a, b) for a, b in zip(ids, folded_ids, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(last, folded_last, strict=True))
