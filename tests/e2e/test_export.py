@@ -112,12 +112,23 @@ def _samples(generator: Generator, questions: list[dict], with_answer: bool = Fa
                                        q["answer"] if with_answer else None) for q in questions]
 
 
-def test_folding_keeps_every_token_with_its_experts(bundle_dir: Path, generator: Generator, questions: list[dict]) -> None:
-    """After ECS, before quantization: the same top-k ids in every layer for every token of 100 held-out prompts."""
+@pytest.mark.parametrize("source", ["found by ECS", "drawn at random"])
+def test_folding_keeps_every_token_with_its_experts(
+    source: str, bundle_dir: Path, generator: Generator, questions: list[dict]
+) -> None:
+    """After smoothing, before quantization: the same top-k ids in every layer for every token of 100 held-out prompts.
+
+    The example has no outlier channels, so ECS's held-out gate may accept few scales or none; random powers of two make sure
+    that every kind of fold is seen on trained weights.
+    """
     model = open_model(CHECKPOINT)
-    scales = load_scales(bundle_dir / "stages" / "smoothing")
-    assert scales, "ECS accepted at least one scale"
     original = [load_layer(model, index) for index in range(model.spec.num_layers)]
+    if source == "found by ECS":
+        scales = load_scales(bundle_dir / "stages" / "smoothing")
+    else:
+        draw = torch.Generator().manual_seed(0)
+        scales = {index: LayerScales(attention_input=_powers(draw, 128), value=_powers(draw, 64), moe_input=_powers(draw, 128),
+                                     down=_powers(draw, 16, 96)) for index in range(len(original))}
     folded = [fold_layer(layer, scales.get(index, LayerScales())) for index, layer in enumerate(original)]
 
     def routes(layers) -> list[torch.Tensor]:
@@ -134,6 +145,10 @@ def test_folding_keeps_every_token_with_its_experts(bundle_dir: Path, generator:
 
     for before, after in zip(routes(original), routes(folded), strict=True):
         assert torch.equal(before, after)
+
+
+def _powers(draw: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.exp2(torch.randint(-5, 6, shape, generator=draw).float())
 
 
 def _greedy(model: MoEVLM, sample: ProcessedSample, eos: tuple[int, ...]) -> list[int]:
