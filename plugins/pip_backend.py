@@ -5,9 +5,15 @@ The compiler's packages are about 110 MB, so they become build requirements only
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
+import platform
 import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +30,12 @@ _COMPILER = [f"{name}>=13.0.48,<13.1" for name in ("nvidia-cuda-nvcc", "nvidia-c
                                                     "nvidia-cuda-runtime", "nvidia-cuda-cccl")]
 
 
-# Kept from one install to the next: a build environment is thrown away, and with it the paths in CMake's cache and in ninja's
-# dependencies. So the second `pip install .` of a tree neither downloads the compiler nor compiles a kernel again.
+# Kept from one install to the next, because pip throws the build environment away and scikit-build-core then clears CMake's cache:
+# the compiler, and the compiled library under a hash of everything that it was made from. So a second `pip install .` of the
+# same tree neither downloads a compiler nor compiles a kernel.
 _KEPT = Path("build") / "cuda-compiler"
+_LIBRARIES = Path("build") / "plugin-library"
+_IN_WHEEL = "ecmfq_export/_lib/libecmfq_plugin.so"
 
 
 def _installed_nvcc() -> Path | None:
@@ -68,6 +77,34 @@ def _use_compiler() -> None:
     os.environ["CUDACXX"] = str(nvcc)
 
 
+def _kept_library(config_settings: Any) -> Path:
+    """Where the library of these sources, settings and this compiler is kept."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path("plugins").rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        digest.update(f"{path}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    version = subprocess.run([os.environ["CUDACXX"], "--version"], capture_output=True, text=True, check=True).stdout
+    digest.update(json.dumps([version, platform.machine(), config_settings], sort_keys=True, default=str).encode())
+    return _LIBRARIES / digest.hexdigest()[:20] / Path(_IN_WHEEL).name
+
+
+def _build_with(hook: Callable[[Any], str], directory: str, config_settings: Any) -> str:
+    """Run a hook of scikit-build-core with the kept library, or keep the one that it compiles."""
+    _use_compiler()
+    kept = _kept_library(config_settings)
+    if kept.is_file():
+        print(f"plugin library: {kept} is up to date")
+        return hook({**(config_settings or {}), "cmake.define.ECMFQ_LIBRARY": str(kept.resolve())})
+    name = hook(config_settings)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    with zipfile.ZipFile(Path(directory) / name) as wheel:
+        partial.write_bytes(wheel.read(_IN_WHEEL))
+    partial.chmod(0o755)
+    partial.rename(kept)
+    return name
+
+
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     requires = _build.get_requires_for_build_wheel(config_settings)
     return requires + ([] if _installed_nvcc() else _COMPILER)
@@ -79,10 +116,10 @@ def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
 
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    _use_compiler()
-    return _build.build_wheel(wheel_directory, config_settings, metadata_directory)
+    return _build_with(lambda settings: _build.build_wheel(wheel_directory, settings, metadata_directory), wheel_directory,
+                       config_settings)
 
 
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    _use_compiler()
-    return _build.build_editable(wheel_directory, config_settings, metadata_directory)
+    return _build_with(lambda settings: _build.build_editable(wheel_directory, settings, metadata_directory), wheel_directory,
+                       config_settings)
