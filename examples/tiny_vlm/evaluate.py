@@ -3,8 +3,8 @@
     python evaluate.py --checkpoint checkpoint
 
 Writes evaluation.json, routing.json and routing.png beside the checkpoint's README. Everything runs in transformers'
-stock forward on weights as stored; only the retrieval's 40,000 scores use the packed rows of data.py (held equal by
-tests).
+stock forward on weights as stored; only the retrieval's 40,000 scores a protocol use the packed rows of data.py (held equal
+by tests).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from data import Encoder, pack
 from heldout import HERE, distractors, heldout_questions, heldout_scenes
 from model import use_training_forms
 from prompts import Prompter
-from questions import MATCH_PROMPT, QA, ask_text, caption
+from questions import CAPTION_PROMPT, MATCH_PROMPT, QA, TYPE_WEIGHTS, ask_text, caption
 from rich.progress import track
 from scenes import Scene, render
+from torch.nn import functional as F
+from train import forward, keep_freed_memory
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 matplotlib.use("Agg")
@@ -62,24 +64,30 @@ def vqa(model, prompter: Prompter, scenes: list[Scene], items: list[tuple[int, Q
 
 
 @torch.no_grad()
-def yes_scores(model, encoder: Encoder, scene: Scene, texts: list[str], per_row: int = 10) -> torch.Tensor:
-    """log P(yes) - log P(no) of the retrieval prompt, for one image and many texts."""
-    asked = [QA(MATCH_PROMPT.format(text=text), "yes", "match") for text in texts]
+def _answer_logits(model, encoder: Encoder, scene: Scene, asked: list[QA], per_row: int = 10):
+    """Logits and targets at every answer token of many questions about one image, in the questions' order."""
     rows = [asked[i : i + per_row] for i in range(0, len(asked), per_row)]
     batch = pack(rows, [render(scene)] * len(rows), encoder)
-    hidden = model.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.image_grid_thw,
-        mm_token_type_ids=batch.mm_token_type_ids,
-        use_cache=False,
-    ).last_hidden_state
+    logits, learned = forward(model, batch)
+    return logits, batch.targets[learned]
+
+
+def yes_scores(model, encoder: Encoder, scene: Scene, texts: list[str]) -> torch.Tensor:
+    """log P(yes) - log P(no) of the retrieval prompt, for one image and many texts."""
+    asked = [QA(MATCH_PROMPT.format(text=text), "yes", "match") for text in texts]
+    logits, targets = _answer_logits(model, encoder, scene, asked)
     yes, no = (encoder.pieces(word)[0] for word in ("yes", "no"))
-    first_answer_token = (batch.weights > 0) & (batch.targets == yes)
-    logits = model.lm_head(hidden[first_answer_token])
+    logits = logits[targets == yes]
     return logits[:, yes] - logits[:, no]
+
+
+def caption_scores(model, encoder: Encoder, scene: Scene, texts: list[str]) -> torch.Tensor:
+    """log P(text) as the answer to the caption prompt, for one image and many texts."""
+    asked = [QA(CAPTION_PROMPT, text, "caption") for text in texts]
+    logits, targets = _answer_logits(model, encoder, scene, asked)
+    scores = -F.cross_entropy(logits, targets, reduction="none")
+    lengths = [encoder.branch(qa.question, qa.answer)[1] for qa in asked]
+    return torch.stack([part.sum() for part in scores.split(lengths)])
 
 
 def recall(scores: torch.Tensor, k: int) -> float:
@@ -88,13 +96,12 @@ def recall(scores: torch.Tensor, k: int) -> float:
     return (better < k).float().mean().item()
 
 
-def retrieval(model, encoder: Encoder, scenes: list[Scene]) -> dict:
-    """R@1/5/10 both ways over all image-caption pairs, and near-duplicate choice, by P(yes)."""
+def retrieval(model, encoder: Encoder, scenes: list[Scene], score=yes_scores) -> dict:
+    """R@1/5/10 both ways over all image-caption pairs, and the choice among five near-duplicates."""
     captions = [caption(scene) for scene in scenes]
     rows, near = [], []
-    for scene in track(scenes, "retrieval"):
-        near_texts = [caption(scene), *distractors(scene, 4)]
-        scores = yes_scores(model, encoder, scene, [*captions, *near_texts])
+    for scene in track(scenes, f"retrieval by {score.__name__}"):
+        scores = score(model, encoder, scene, [*captions, caption(scene), *distractors(scene, 4)])
         rows.append(scores[: len(captions)])
         hard = scores[len(captions) :]
         near.append(bool(hard[0] > hard[1:].max()))
@@ -165,10 +172,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--questions", type=int, default=2200)
+    parser.add_argument("--questions", type=int, default=1800)
     parser.add_argument("--retrieval-images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -176,14 +184,18 @@ def main() -> None:
     scenes = heldout_scenes(args.images)
     items = heldout_questions(scenes, args.questions)
     rng = random.Random("heldout/text")
-    with_text = [*items, *[(0, ask_text(rng)) for _ in range(200)]]
+    # As many text-only questions as there are of each other type.
+    with_text = [*items, *[(0, ask_text(rng)) for _ in range(args.questions // len(TYPE_WEIGHTS))]]
     routed = routing(model, prompter, scenes, with_text[-800:])
     (args.out / "routing.json").write_text(json.dumps(routed, indent=1) + "\n")
     plot_routing(routed, args.out / "routing.png")
     report = {"split": "heldout", "dtype": "float32 compute on stored weights", "vqa": {}, "retrieval": {}}
     report["vqa"] = vqa(model, prompter, scenes, with_text)
+    print(json.dumps(report["vqa"]), flush=True)
     use_training_forms(model)
-    report["retrieval"] = retrieval(model, Encoder(prompter.tokenizer), scenes[: args.retrieval_images])
+    encoder, pool = Encoder(prompter.tokenizer), scenes[: args.retrieval_images]
+    report["retrieval"]["p_yes"] = retrieval(model, encoder, pool, yes_scores)
+    report["retrieval"]["caption_likelihood"] = retrieval(model, encoder, pool, caption_scores)
     report["seconds"] = round(time.time() - started)
     (args.out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
