@@ -2,6 +2,7 @@
 
     python benchmarks/kernels/resource_table.py                     # all SMs, a Markdown table
     python benchmarks/kernels/resource_table.py --sm 87 --json out.json
+    python benchmarks/kernels/resource_table.py --show out.json     # print it again
 
 Needs nvcc, and cuobjdump with nvdisasm beside it (CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`). No GPU.
 Exits with 1 when a kernel spills or a GEMM has no IMMA.
@@ -17,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -73,8 +73,8 @@ def measure(sms: list[int], nvcc: str, cuobjdump: str) -> tuple[list[dict[str, o
             fat = Path(work) / f"{source.stem}.fatbin"
             targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in sms]
             before = os.times()
-            run([nvcc, "-std=c++17", "-O3", "--threads=4", f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'capi'}", *targets, "-fatbin", str(source),
-                 "-o", str(fat)])
+            run([nvcc, "-std=c++17", "-O3", "--threads=4", f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'capi'}", *targets, "-fatbin",
+                 str(source), "-o", str(fat)])
             after = os.times()
             seconds[source.name] = after.children_user + after.children_system - before.children_user - before.children_system
             usage, code = read_usage(run([cuobjdump, "--dump-resource-usage", str(fat)], env=env)), Counter()
@@ -119,7 +119,7 @@ def read_code(text: str) -> dict[tuple[int, str], dict[str, int]]:
 
 
 def blocks_on_an_sm(row: dict[str, object], shared: int) -> int:
-    """By registers, threads (1536 on SM86, 87, 89, 110, 12x, else 2048) and shared memory (100 KB on SM86, 89, 12x, else 164 or more)."""
+    """By registers, threads (1536 on SM86, 87, 89, 110, 12x, else 2048), shared memory (100 KB on SM86, 89, 12x, else 164 or more)."""
     sm, name = int(row["sm"]), str(row["kernel"]).split()[0]
     threads = THREADS[name]
     registers = -(-int(row["registers"]) // 8) * 8 * threads
@@ -128,34 +128,48 @@ def blocks_on_an_sm(row: dict[str, object], shared: int) -> int:
     return min(65536 // registers, (1536 if small else 2048) // threads, kilobytes * 1024 // (shared + 1024))
 
 
+def print_table(rows: list[dict[str, object]]) -> list[str]:
+    """Print one line a kernel; returns what is wrong: spills, or a GEMM without tensor-core instructions."""
+    sms = sorted({int(r["sm"]) for r in rows})
+    print("| kernel | shared bytes | IMMA | LDG.128 | LDGSTS.128 | stack, local | " + " | ".join(f"SM {sm}" for sm in sms) + " |")
+    print("|---" * (6 + len(sms)) + "|")
+    bad = []
+    for name in dict.fromkeys(str(r["kernel"]) for r in rows):
+        same = {int(r["sm"]): r for r in rows if r["kernel"] == name}
+        shared = next(v for k, v in DYNAMIC_SHARED.items() if name.startswith(k))
+        spread = []
+        for field in ("imma", "ldg128", "ldgsts128"):
+            values = sorted({int(r[field]) for r in same.values()})
+            spread.append(str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}")
+        local = max(int(r["stack"]) + int(r["local"]) for r in same.values())
+        cells = [f"{same[sm]['registers']} / {blocks_on_an_sm(same[sm], shared)}" for sm in sms]
+        print(f"| {name} | {shared} | {' | '.join(spread)} | {local} | {' | '.join(cells)} |")
+        bad += [f"{name} sm_{sm}: {r['local']} local accesses, {r['imma']} IMMA" for sm, r in same.items()
+                if r["local"] or (name.startswith("gemm") and not r["imma"])]
+    return bad
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="*", default=list(ALL_SMS))
     parser.add_argument("--nvcc")
     parser.add_argument("--cuobjdump")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--show", type=Path, help="print the table of an earlier --json; compiles nothing")
     args = parser.parse_args()
-    nvcc, cuobjdump = find_tool("nvcc", args.nvcc), find_tool("cuobjdump", args.cuobjdump)
-    started = time.perf_counter()
-    rows, seconds = measure(args.sm, nvcc, cuobjdump)
-    print("| kernel | SM | registers | stack bytes | shared bytes | blocks/SM | IMMA | LDG.128 | LDGSTS.128 | local loads+stores |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    bad = []
-    for name in dict.fromkeys(str(r["kernel"]) for r in rows):
-        same: dict[tuple[object, ...], list[str]] = {}
-        for r in (r for r in rows if r["kernel"] == name):
-            shared = next(v for k, v in DYNAMIC_SHARED.items() if name.startswith(k))
-            figures = (r["registers"], r["stack"], shared, blocks_on_an_sm(r, shared), r["imma"], r["ldg128"], r["ldgsts128"], r["local"])
-            same.setdefault(figures, []).append(str(r["sm"]))
-            if r["local"] or (name.startswith("gemm") and not r["imma"]):
-                bad.append(f"{name} sm_{r['sm']}: {r['local']} local accesses, {r['imma']} IMMA")
-        for figures, sms in same.items():
-            print(f"| {name} | {' '.join(sms)} | {' | '.join(map(str, figures))} |")
+    if args.show:
+        report = json.loads(args.show.read_text())
+    else:
+        nvcc, cuobjdump = find_tool("nvcc", args.nvcc), find_tool("cuobjdump", args.cuobjdump)
+        rows, seconds = measure(args.sm, nvcc, cuobjdump)
+        report = {"rows": rows, "compile_cpu_seconds": seconds}
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+    bad = print_table(report["rows"])
+    seconds = report["compile_cpu_seconds"]
     cpu = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    print(f"\nCompile time, CPU seconds for {len(args.sm)} SMs: {cpu}; {sum(seconds.values()):.0f} s in all"
-          f" (wall {time.perf_counter() - started:.0f} s with disassembly).")
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "compile_cpu_seconds": seconds}, indent=1))
+    print(f"\nA cell is registers a thread / blocks that fit on an SM. Compile time in CPU seconds: {cpu}; "
+          f"{sum(seconds.values()):.0f} s in all.")
     for line in bad:
         print(f"BAD: {line}", file=sys.stderr)
     return 1 if bad else 0
