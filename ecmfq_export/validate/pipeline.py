@@ -150,7 +150,7 @@ class _Study:
 
             def keep(layer: int, row: int, hidden: np.ndarray, start: int = start, tapped: set[int] = tapped) -> None:
                 if row in tapped:
-                    self.kept[start + row, layer] = hidden
+                    self.kept[start + row, layer] = hidden.copy()  # a view would keep its whole batch
 
             floating, quantized, onnx = self._all_logits(chunk, record=True, on_hidden=keep)
             for rows in zip(floating, quantized, onnx, strict=True):
