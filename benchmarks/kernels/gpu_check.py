@@ -1,6 +1,6 @@
 """The GPU check: build for the GPU at hand, test, sanitize, benchmark; results as JSON under benchmarks/results.
 
-    python benchmarks/kernels/gpu_check.py               # everything, about 15 minutes
+    python benchmarks/kernels/gpu_check.py               # everything; expect tens of minutes
     python benchmarks/kernels/gpu_check.py --quick       # small shapes and few token counts
     python benchmarks/kernels/gpu_check.py --steps build tests plugin
 

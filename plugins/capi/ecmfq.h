@@ -54,6 +54,13 @@ typedef enum EcmfqWeightLayout {
  * All tensors are dense, row-major, 16-byte aligned device memory. T tokens, E experts, K = hidden_size, I = intermediate_size.
  * gate_up rows: 0..I-1 gate, I..2I-1 up (before prepacking). Signed nibbles in [-7, 7]; a nibble of -8 is accepted.
  * An id outside [0, E) contributes nothing (that is how a padded slot is written).
+ *
+ * Sizes: K and I multiples of 32 up to 65536, or with group_size 128 multiples of 128 up to 16384; E 1 to 1024; top_k 1 to 64;
+ * num_tokens from 0 (no work), num_tokens * top_k up to 2^30. Both weight layouts have the same shapes.
+ *
+ * Activations are quantized per row with scale = max(absmax, 1e-30) / 127 and q = round_half_even(x / scale). A NaN or an infinity in a
+ * token makes that token's output NaN (if any of its ids is valid) and changes no other token. Every result is a function of the inputs
+ * alone: the same bits for both layouts, every num_tokens-dependent plan and every run.
  */
 typedef struct EcmfqMoeParams {
     uint32_t abi_version; /* ECMFQ_ABI_VERSION */
