@@ -232,6 +232,7 @@ def test_bytes_of_the_checkpoint_are_those_on_disk(models):
 
 def test_bytes_of_what_is_shipped(exported, tmp_path):
     copy = shutil.copytree(exported, tmp_path / "onnx")
+    (copy / "decoder" / "experts.mma_s8.data").unlink(missing_ok=True)  # whichever layout the target has: first without it
     sizes = artifact_bytes(copy, None)
     skipped = sum((copy / name).stat().st_size for name in ("decoder/model.ref.onnx", "manifest.json"))
     assert sizes["onnx, all"] == sum(p.stat().st_size for p in copy.rglob("*") if p.is_file()) - skipped
