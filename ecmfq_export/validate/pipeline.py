@@ -77,7 +77,9 @@ def validate(
     inputs = {"float": bundle.fingerprint(float_dir), "quantized": bundle.fingerprint(quantized_dir),
               "onnx": bundle.fingerprint(onnx_dir)}  # fmt: skip
     if data is not None:
-        inputs["data"] = bundle.fingerprint(data / "questions.jsonl" if data.is_dir() else _existing(data))
+        questions = _existing(data / "questions.jsonl" if data.is_dir() else data)
+        files = [questions, questions.with_name("captions.jsonl")]
+        inputs |= {f"data/{file.name}": bundle.sha256_file(file) for file in files if file.is_file()}
     if engines_dir is not None:
         inputs["engines"] = bundle.fingerprint(engines_dir)
     config = {"limit": limit, "candidates": candidates, "thresholds": dataclasses.asdict(thresholds)}
