@@ -212,10 +212,9 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ecmfq_export.engine.ort_runner import OrtRunner
-    from ecmfq_export.runtime.generate import Generator
+    from ecmfq_export.workflow import open_generator
 
-    generator = Generator(args.bundle / "onnx", lambda path: OrtRunner(path, threads=args.threads))
+    generator = open_generator(args.bundle, args.threads)
     generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens,
                        on_token=lambda text: print(text, end="", flush=True))
     print()

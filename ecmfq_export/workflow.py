@@ -18,13 +18,16 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig, QuantConfig
 from ecmfq_export.errors import BuildError, UserError
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
+
+if TYPE_CHECKING:
+    from ecmfq_export.runtime.generate import Generator
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
     """
     from ecmfq_export.engine.build import build_engine
     from ecmfq_export.engine.engine_file import expect_plugin_nodes
-    from ecmfq_export.engine.plugin_library import find_plugin_library
+    from ecmfq_export.engine.plugin_library import find_plugin_library, read_plugin_library
     from ecmfq_export.engine.profiles import profile_shapes
 
     onnx_dir = Paths(bundle_root).onnx
@@ -187,16 +190,33 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
         progress.note(f"{out_dir}: up to date")
         return out_dir
     with bundle.write_stage(out_dir, "build", config, inputs) as (work, info):
-        shutil.copyfile(library, work / library.name)
+        if read_plugin_library(library).platform == target.platform:
+            shutil.copyfile(library, work / library.name)
+        else:
+            progress.note(f"{target.name} is a {target.platform} device: install ecmfq_export there for its plugin library")
         for part in progress.track(("decoder", "vision"), f"build engines for {target.name}"):
             graph = onnx_dir / part / "model.onnx"
             engine = build_engine(graph, target, work / f"{part}.engine", profiles=profile_shapes(graph, ranges),
-                                  plugin_library=work / library.name, log_path=work / f"{part}.build.log", verbose=verbose)
+                                  plugin_library=library, log_path=work / f"{part}.build.log", verbose=verbose)
             expect_plugin_nodes(engine, num_plugin_nodes if part == "decoder" else 0)
             info[part] = dataclasses.asdict(engine)
     if not info:
         raise BuildError(f"no engine was built for {target.name}")
     return out_dir
+
+
+def open_generator(bundle_root: Path, threads: int = 0) -> Generator:
+    """The bundle's model in ONNX Runtime, ready to answer; every file's hash is checked first.
+
+    Raises:
+        BundleError: no bundle, or a file that is missing or changed.
+    """
+    from ecmfq_export.engine.ort_runner import OrtRunner
+    from ecmfq_export.runtime.generate import Generator
+
+    onnx_dir = Paths(bundle_root).onnx
+    bundle.verify(onnx_dir, bundle.read_manifest(onnx_dir, "onnx"))
+    return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
 
 
 def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:

@@ -13,6 +13,8 @@ Steps:
     plugin     enqueue through the IPluginV3 interface, every bit against NumPy
     sanitize   compute-sanitizer memcheck, racecheck, initcheck and synccheck over that program
     repeats    the same bits 100 times
+    engine     a whole TensorRT-RTX or TensorRT engine of a tiny model against ONNX Runtime; on a GPU without an engine of its own SM
+               (90, say) one built for SM 80 is tried and what the runtime says is written down
     benchmark  the layers of Qwen3-VL-30B-A3B and Kimi-VL against torch's bf16 and int4 and against the roofline
 """
 
@@ -44,7 +46,7 @@ from tests.kernels.cases import Shape, make_case  # noqa: E402
 from tests.kernels.emulator import request_bytes  # noqa: E402
 from tests.kernels.reference import DTYPES, Case, routed_moe  # noqa: E402
 
-STEPS = ("build", "tests", "plugin", "sanitize", "repeats", "benchmark")
+STEPS = ("build", "tests", "plugin", "sanitize", "repeats", "engine", "benchmark")
 RESULTS = ROOT / "benchmarks" / "results"
 
 # One for each tiling, group mode, layout and dtype: small enough for racecheck, which slows a kernel a hundred times.
@@ -137,6 +139,13 @@ class Check:
             if len(seen) != 1:
                 raise RuntimeError(f"{len(seen)} different outputs in 100 runs of {shape}")
         return {"runs": 100, "shapes": 3, "different_outputs": 0}
+
+    def engine(self) -> dict[str, object]:
+        try:
+            from benchmarks.kernels import engine_check
+        except ImportError as error:
+            raise Skipped(f"{error}; install this package with its test extra") from error
+        return engine_check.run(self.work / "engine", self.facts.compute_capability)
 
     def benchmark(self) -> dict[str, object]:
         return benchmark.run(load(self.library_path()), self.device, self.abi_facts(), self.facts.l2_bytes, self.quick)
