@@ -176,6 +176,10 @@ FINAL_WEIGHTS = {
     "background": 0.25,
 }
 
+# Second cycle: what was still wrong after the first.
+LAST_FROM = 4000
+LAST_WEIGHTS = {**FINAL_WEIGHTS, "statement": 7, "match": 10, "cell": 4, "kind": 5, "exists": 3}
+
 
 def question_mix(step: int) -> tuple[bool, tuple[str, ...], dict[str, float]]:
     """Whether every row carries its caption at `step`, which types are not drawn, and how often the others are."""
@@ -183,7 +187,8 @@ def question_mix(step: int) -> tuple[bool, tuple[str, ...], dict[str, float]]:
     excluded = ("caption",) if with_caption else ()
     if step in BINDING_PHASE:
         excluded = (*excluded, "match", "relation")
-    table = FINAL_WEIGHTS if step >= STATEMENTS_FROM else COUNTING_WEIGHTS if step >= COUNTING_FROM else EARLY_WEIGHTS
+    tables = ((LAST_FROM, LAST_WEIGHTS), (STATEMENTS_FROM, FINAL_WEIGHTS), (COUNTING_FROM, COUNTING_WEIGHTS), (0, EARLY_WEIGHTS))
+    table = next(weights for start, weights in tables if step >= start)
     return with_caption, excluded, table
 
 

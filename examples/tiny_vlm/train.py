@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, GenerationConfig
 
 console = Console(width=160)
+FIRST_CYCLE, KNEE = 4000, 4550
 
 
 def keep_freed_memory() -> None:
@@ -138,10 +139,19 @@ def save_checkpoint(model, directory: Path, dtype: torch.dtype) -> None:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, flat, then linear to zero over the last 60%."""
+    """Linear warm-up, flat, then linear to zero at FIRST_CYCLE; then a second, lower cycle that ends at `steps`.
+
+    The second cycle was added when the first had ended, because statements about several facts were still being learned;
+    its knee is where its end was moved from 5,400 to 5,000.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return min(1.0, (steps - step) / (0.6 * steps))
+    if step < FIRST_CYCLE:
+        return min(1.0, (FIRST_CYCLE - step) / (0.6 * FIRST_CYCLE))
+    again = min(1.0, (step - FIRST_CYCLE + 1) / warmup)
+    if step < KNEE:
+        return again * 0.35 * (1 - (step - FIRST_CYCLE) / 1400)
+    return 0.2125 * (steps - step) / (steps - KNEE)
 
 
 def objects_at(step: int) -> int:
@@ -154,7 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_vlm"), help="resumable state and the log")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--stop-at", type=int, default=None, help="stop early, as an interruption would (schedule kept)")
     parser.add_argument("--rows", type=int, default=16, help="images a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
