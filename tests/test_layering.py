@@ -1,4 +1,4 @@
-"""Who may import whom: the table of ARCHITECTURE.md, read from the imports themselves.
+"""Who may import whom: the layering, read from the imports themselves.
 
 ruff bans what nobody but one package may import; the rows that differ by package are held here. A new row or a new entry is a
 decision about the architecture: make it there first.

@@ -135,7 +135,7 @@ class DecoderLayer:
     def experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The routed experts' weighted sum on tokens x [T, hidden] to [T, hidden].
 
-        Quantized weights compute what ENGINE.md says of ``EcmfqRoutedMoE``: x quantized once a token, the intermediate once a
+        Quantized weights compute what docs/graph.md says of ``EcmfqRoutedMoE``: x quantized once a token, the intermediate once a
         row, integer products, slots summed in ascending order.
         """
         where = self.dispatch(routing)

@@ -1,4 +1,4 @@
-"""EcmfqRoutedMoE in plain NumPy, token by token: the independent reading of ENGINE.md that the ONNX function is held to."""
+"""EcmfqRoutedMoE in plain NumPy, token by token: the independent reading of docs/graph.md that the ONNX function is held to."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The routed MoE layer in plain NumPy: what the kernels must equal, bit for bit.
 
 Only correctly rounded float32 operations are used, in the kernels' order and without fused multiply-add, and the sums are integers.
-The rules are ENGINE.md's ("Operators"); plugins/include/ecmfq/numerics.cuh is their device form.
+The rules are docs/kernels.md's ("Semantics"); plugins/include/ecmfq/numerics.cuh is their device form.
 """
 
 from __future__ import annotations

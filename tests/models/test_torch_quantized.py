@@ -55,7 +55,7 @@ def test_linear_is_integer_exact(bits: int, columns: int, group_size: int) -> No
 
 
 def test_experts_are_the_operator(models: tuple[MoEVLM, MoEVLM]) -> None:
-    """Stage by stage as ENGINE.md gives EcmfqRoutedMoE; the one floating-point step that may differ by rounding, SiLU, is shared."""
+    """Stage by stage as docs/graph.md gives EcmfqRoutedMoE; the one floating-point step that may differ by rounding, SiLU, is shared."""
     layer = load_layer(models[1], 1)
     gate_up, down = layer.quantized["mlp.experts.gate_up_proj"], layer.quantized["mlp.experts.down_proj"]
     x = torch.randn(13, 128, generator=torch.Generator().manual_seed(5))
