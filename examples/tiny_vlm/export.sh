@@ -14,6 +14,6 @@ echo "installing ecmfq_export and compiling its plugin library (a few minutes th
 .venv/bin/ecmfq-export export examples/tiny_vlm/checkpoint --data calib_data --target rtx --output "$bundle" \
     --evaluate examples/tiny_vlm/heldout/questions.jsonl
 
-image=$(ls examples/tiny_vlm/heldout/images/*.png | head -n 1)
+image=examples/tiny_vlm/heldout/images/000.png
 echo "run: $image"
 .venv/bin/ecmfq-export run "$bundle" --image "$image" --prompt "Describe the image."
