@@ -55,4 +55,4 @@ class RichProgress:
 
     def note(self, text: str) -> None:
         """Print one line above the bars."""
-        (self._bars.console if self._bars else self._console).print(f"  {text}", highlight=False, markup=False)
+        (self._bars.console if self._bars else self._console).print(f"  {text}", highlight=False, markup=False, soft_wrap=True)

@@ -166,11 +166,12 @@ def _accuracy_table(report: dict[str, Any]) -> Table:
 
 def _retrieval_table(report: dict[str, Any]) -> Table:
     retrieval = report["retrieval"]
-    names = list(retrieval["recalls"]["float"])
-    table = Table("model", *map(recall_label, names),
+    recalls = retrieval["recalls"]
+    # A row for each recall: the columns of the other way round do not fit 80 characters.
+    table = Table("retrieved", *recalls,
                   title=f"caption retrieval among {retrieval['candidates']} images and captions, by P(yes)", title_justify="left")
-    for model, recalls in retrieval["recalls"].items():
-        table.add_row(model, *(_percent(recalls[n]) for n in names))
+    for name in recalls["float"]:
+        table.add_row(recall_label(name), *(_percent(of_model[name]) for of_model in recalls.values()))
     return table
 
 
