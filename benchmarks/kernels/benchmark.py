@@ -17,7 +17,7 @@ ROUTINGS = ("uniform", "zipf")
 ZIPF_EXPONENT = 1.0
 REPEATS = 5
 TARGETS = {"decode_bandwidth": 0.70, "decode_speedup": 3.0, "prefill_peak": 0.40, "prefill_speedup": 1.5}
-"""Of issue 3: decode at 1 to 16 tokens, prefill at 1024 to 4096, against bf16 and the measured limits."""
+"""What the kernels aim at: decode at 1 to 16 tokens, prefill at 1024 to 4096, against bf16 and the measured limits."""
 
 
 def make_routing(layer: Layer, num_tokens: int, kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -55,7 +55,7 @@ def routing_count(layer: Layer, num_tokens: int, l2_bytes: int) -> int:
 
 
 def run(library: ctypes.CDLL, device: Device, facts: dict[str, int], l2_bytes: int, quick: bool) -> dict[str, object]:
-    """Measured limits, one row a layer, group size, routing and number of tokens, and whether issue 3's targets hold."""
+    """Measured limits, one row a layer, group size, routing and number of tokens, and whether the targets hold."""
     limits: dict[str, object] = {"copy_bandwidth_gb_s": device.copy_bandwidth() / 1e9}
     try:
         limits["int8_peak_tops"] = baselines.int8_peak() / 1e12
