@@ -68,10 +68,12 @@ def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: Qu
     """
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.quantize import quantize
+    from ecmfq_export.stages.recipes import check_supported
 
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    check_supported(model.spec, config)
     calibration = smoothing = None
     if config.method != "rtn":
         if data is None:
@@ -112,13 +114,18 @@ def export(
     Raises:
         UserError: any input, machine or validation problem, before a later stage is started.
     """
-    from ecmfq_export.graph.pipeline import export_onnx
+    from ecmfq_export.graph.pipeline import export_onnx, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.validate.pipeline import validate
 
     paths = Paths(output)
     quantized = model_dir
-    if open_model(model_dir).quantization is None:
+    model = open_model(model_dir)
+    # What a later stage would refuse is refused now, not after hours of quantization.
+    resolve_sizes(model, target, export_config)
+    if evaluation is not None and not evaluation.exists():
+        raise UserError(f"no evaluation file at {evaluation}")
+    if model.quantization is None:
         quantized = quantize_model(model_dir, data, paths.quantized, quant, progress)
     else:
         progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")

@@ -75,7 +75,7 @@ def export_onnx(
     """
     model = open_model(model_dir)
     dtype = dtype or target.dtype
-    sizes = _sizes(model, target, config)
+    sizes = resolve_sizes(model, target, config)
     settings = {
         "export": dataclasses.asdict(config), "sizes": dataclasses.asdict(sizes), "dtype": dtype, "taps": taps,
         "attention": target.attention, "weight_layout": target.kernel.weight_layout,
@@ -92,7 +92,12 @@ def export_onnx(
     return out_dir
 
 
-def _sizes(model: MoEVLM, target: Target, config: ExportConfig) -> Sizes:
+def resolve_sizes(model: MoEVLM, target: Target, config: ExportConfig) -> Sizes:
+    """What was asked for, or the largest that model and target allow; callable before any work is done.
+
+    Raises:
+        UserError: more was asked for than the model or the target allows.
+    """
     longest, limits = model.spec.max_position_embeddings, target.limits
     if config.max_seq_len > min(longest, limits.max_seq_len):
         raise UserError(

@@ -153,3 +153,21 @@ def test_kill_in_the_middle_of_quantize_then_resume(tmp_path: Path) -> None:
     assert _tree(out) == _tree(whole)
     unchanged = [name for name, stamp in kept.items() if (out / name).is_file() and (out / name).stat().st_mtime_ns == stamp]
     assert unchanged, "finished layers are kept, not made again"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "group_size=128"], "group_size = 128"),
+        (["--max-seq-len", "1000000"], "max_seq_len = 1000000"),
+        (["--max-batch", "1000"], "max_batch = 1000"),
+        (["--evaluate", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_first(
+    arguments: list[str], message: str, pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    assert main(["export", str(pristine), "-o", str(out), "--target", "rtx", "--method", "rtn", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
