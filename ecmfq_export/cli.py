@@ -110,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
     sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
+    sub.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens whose probabilities reach this sum")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
 
     sub = command("inspect", _inspect, "describe a checkpoint, bundle, ONNX graph or engine file")
@@ -212,10 +215,12 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ecmfq_export.runtime.generate import Sampling
     from ecmfq_export.workflow import open_generator
 
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
     generator = open_generator(args.bundle, args.threads)
-    generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens,
+    generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling,
                        on_token=lambda text: print(text, end="", flush=True))
     print()
     return 0
