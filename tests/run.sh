@@ -8,6 +8,7 @@ echo "installing ecmfq_export with its tests' needs and compiling its plugin lib
 .venv-test/bin/python -m pip install --quiet --disable-pip-version-check ".[rtx,test]"
 
 .venv-test/bin/ruff check .
+# A file stays with one worker, so that what its tests share (a bundle, a compiled emulator) is made once.
 # One thread a worker: two workers on two cores would otherwise fight over four threads.
 export OMP_NUM_THREADS=1
-.venv-test/bin/python -m pytest -n 2 --dist loadgroup --durations 15 "$@"
+.venv-test/bin/python -m pytest -n 2 --dist loadfile --durations 15 "$@"

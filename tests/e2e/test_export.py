@@ -24,8 +24,7 @@ from ecmfq_export.stages.smooth import load_scales
 from ecmfq_export.stages.streams import ActivationStore, add_deepstack, prepare_batches
 from tests.e2e.conftest import CHECKPOINT, QUESTIONS, command_line, export_arguments
 
-# One worker makes the bundle; without the group each worker would make its own.
-pytestmark = [pytest.mark.xdist_group("e2e"), pytest.mark.tensorrt]
+pytestmark = pytest.mark.tensorrt
 
 NEW_TOKENS = 24
 

@@ -13,7 +13,7 @@ from ecmfq_export.errors import BuildError
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx builds the engine: pip install '.[rtx]'")
 from benchmarks.kernels import engine_check
 
-pytestmark = [pytest.mark.tensorrt, pytest.mark.xdist_group("e2e")]
+pytestmark = pytest.mark.tensorrt
 
 
 def _reference(engine: Path) -> OrtRunner:
