@@ -47,7 +47,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "models": {"torch", "numpy", "safetensors", "transformers"},
     "stages": {"torch", "numpy", "safetensors", "compressed_tensors"},
     "graph": {"torch", "numpy", "ml_dtypes", "safetensors", "onnx", "onnx_ir", "onnxscript"},
-    "engine": {"numpy", "onnx", "onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx"},
+    "engine": {"numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"},
     "validate": {"torch", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "PIL"},
     "runtime": {"numpy", "PIL", "transformers", "tokenizers"},
     "cli": {"rich"},
@@ -105,7 +105,7 @@ def test_engines_are_imported_when_used() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
-                assert not any(name.split(".")[0] in ("tensorrt", "tensorrt_rtx", "polygraphy") for name in names), path
+                assert not any(name.split(".")[0] in ("tensorrt", "tensorrt_rtx") for name in names), path
 
 
 def test_files_fit_in_the_head() -> None:
