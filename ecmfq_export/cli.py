@@ -196,7 +196,7 @@ def _build(args: argparse.Namespace) -> int:
     out, err = _consoles()
     with RichProgress(err).running() as progress:
         path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False))
-    seal(Paths(args.bundle), target, True)
+    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": True})
     out.print(f"engines: {path}", soft_wrap=True)
     return 0
 

@@ -59,6 +59,10 @@ class Paths:
     def engines(self, target: Target) -> Path:
         return self.root / "engines" / target.name
 
+    def finished_engines(self) -> list[Path]:
+        """Engine directories that a build has completed, in the order of their names."""
+        return sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
+
 
 def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
     """Calibrate, smooth and quantize into `out_dir`; the two stages before lie beside it.
@@ -138,24 +142,21 @@ def export(
     engines = build_engines(output, target, progress) if build else None
     report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                       engines_dir=engines)
-    seal(paths, target, engines is not None)
+    seal(paths, {"target": target.name}, {"engines_built": engines is not None})
     return report
 
 
-def seal(paths: Paths, target: Target, built: bool) -> None:
+def seal(paths: Paths, config: dict[str, Any], info: dict[str, Any]) -> None:
     """Write the bundle's own manifest over its finished parts."""
-    parts = ["onnx", "report"]
-    engines = paths.root / "engines"
-    if engines.is_dir():
-        parts += sorted(f"engines/{p.name}" for p in engines.iterdir() if (p / bundle.MANIFEST).is_file())
-    bundle.write_bundle_manifest(paths.root, parts, {"target": target.name}, {"engines_built": built})
+    parts = ["onnx", "report", *(f"engines/{path.name}" for path in paths.finished_engines())]
+    bundle.write_bundle_manifest(paths.root, parts, config, info)
 
 
 def drop_stale_engines(paths: Paths, progress: Progress) -> None:
     """Delete engines that were built from other graphs than the bundle holds now: they would answer for another model."""
     graphs = bundle.fingerprint(paths.onnx)
-    for directory in sorted((paths.root / "engines").glob("*/")):
-        if (directory / bundle.MANIFEST).is_file() and bundle.read_manifest(directory, "build").inputs.get("onnx") != graphs:
+    for directory in paths.finished_engines():
+        if bundle.read_manifest(directory, "build").inputs.get("onnx") != graphs:
             progress.note(f"{directory} was built from other graphs and is deleted")
             shutil.rmtree(directory)
 
@@ -235,10 +236,12 @@ def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limi
     paths = Paths(bundle_root)
     manifest = bundle.read_manifest(bundle_root, "bundle")
     bundle.verify(bundle_root, manifest, [name for name in manifest.files if not name.startswith("report/")])
-    engines = [p for p in (bundle_root / "engines").glob("*") if (p / bundle.MANIFEST).is_file()]
+    engines = paths.finished_engines()
     quantized = paths.quantized if paths.quantized.is_dir() else model_dir
+    if bundle.fingerprint(quantized) != bundle.read_manifest(paths.onnx, "onnx").inputs.get("model"):
+        raise UserError(f"{bundle_root} was not exported from {quantized}",
+                        "keep the bundle's stages/quantized, or pass with --model the quantized checkpoint it was exported from")
     report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                       engines_dir=engines[0] if engines else None)
-    parts = ["onnx", "report", *sorted(f"engines/{p.name}" for p in engines)]
-    bundle.write_bundle_manifest(bundle_root, parts, manifest.config, manifest.info)
+    seal(paths, manifest.config, manifest.info)
     return report

@@ -76,6 +76,23 @@ class GraphBuilder:
         self.nodes.append(made)
         return made.outputs
 
+    def replace(self, graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+        """Put what was built in `node`'s place in `graph`; `output` takes the name, type and uses of the node's output.
+
+        An initializer that the graph already has under its name is shared.
+        """
+        for value in self.initializers.values():
+            existing = graph.initializers.get(value.name)
+            if existing is None:
+                graph.register_initializer(value)
+            else:
+                ir.convenience.replace_all_uses_with(value, existing)
+        graph.insert_before(node, self.nodes)
+        old = node.outputs[0]
+        output.name, output.shape, output.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
     def const(self, value: Any, dtype: ir.DataType, name: str) -> ir.Value:
         """A small constant, shared by its `name`; call again with the same value to use it again."""
         if name not in self.initializers:

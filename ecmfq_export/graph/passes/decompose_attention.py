@@ -43,17 +43,7 @@ class DecomposeAttentionPass(ir.passes.InPlacePass):
             builder = GraphBuilder(dtype)
             with builder.scope(node.name or node.op_type):
                 output = rule(builder, node)
-            for value in builder.initializers.values():
-                existing = model.graph.initializers.get(value.name)
-                if existing is None:
-                    model.graph.register_initializer(value)
-                else:
-                    ir.convenience.replace_all_uses_with(value, existing)
-            model.graph.insert_before(node, builder.nodes)
-            old = node.outputs[0]
-            output.name, output.shape, output.type = old.name, old.shape, old.type
-            ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
+            builder.replace(model.graph, node, output)
             modified = True
         if modified:
             model.graph.opset_imports[""] = OPSET

@@ -62,14 +62,10 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
                 if x not in quantized:
                     quantized[x] = self._quantize(builder, x)
                 output = self._product(builder, node, *quantized[x], recipe)
-            for value in builder.initializers.values():
-                existing = model.graph.initializers.get(value.name)
-                if existing is None:
-                    model.graph.register_initializer(value)
-                else:
-                    ir.convenience.replace_all_uses_with(value, existing)
-            model.graph.insert_before(node, builder.nodes)
-            _replace(model.graph, node, output)
+            weight = node.inputs[1]
+            builder.replace(model.graph, node, output)
+            if not weight.uses():
+                del model.graph.initializers[weight.name]
             modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -110,13 +106,3 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
         product = b.op("MatMul", x, dequantized, name="matmul")
         output = b.op("Mul", product, act_scale, name="rescale")
         return output if self.dtype == F32 else b.cast(output, self.dtype, "output_cast")
-
-
-def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
-    """Let `output` take the place, name and type of what `node` made, and drop `node` and its unused weight."""
-    old, weight = node.outputs[0], node.inputs[1]
-    output.name, output.shape, output.type = old.name, old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    if not weight.uses():
-        del graph.initializers[weight.name]
