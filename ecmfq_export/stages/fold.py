@@ -20,15 +20,16 @@ from dataclasses import dataclass, fields
 import torch
 
 from ecmfq_export.errors import UnsupportedError
-from ecmfq_export.models.spec import GqaSpec, MoESpec
+from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
+from ecmfq_export.stages import attention_view
 
 
 @dataclass(frozen=True)
 class LayerScales:
     """Smoothing scales of one layer, float32, None where there is none; shapes as in the table above.
 
-    `down` is [1, I] for a dense MLP.
+    Those of the attention are named after its groups. `down` is [1, I] for a dense MLP.
     """
 
     attention_input: torch.Tensor | None = None
@@ -40,15 +41,6 @@ class LayerScales:
         """The scales that are there."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: scale for name, scale in found.items() if scale is not None}
-
-
-def value_tie(spec: GqaSpec) -> torch.Tensor:
-    """Channel of v that each channel of the attention output comes from: int64 [heads * head_dim].
-
-    Heads of one key/value group read the same values, so their channels share a scale.
-    """
-    head = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
-    return (head.unsqueeze(1) * spec.head_dim + torch.arange(spec.head_dim)).flatten()
 
 
 def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
@@ -63,20 +55,20 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
         raise UnsupportedError(f"{mlp.num_shared_experts} shared experts cannot be smoothed yet", "set smooth = false")
 
     def divide_rows(name: str, scale: torch.Tensor) -> None:
-        if name in tensors:
-            tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
+        tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
 
     def multiply_columns(name: str, scale: torch.Tensor) -> None:
         tensors[name] = tensors[name] * scale
 
-    if scales.attention_input is not None:
-        divide_rows("input_layernorm.weight", scales.attention_input)
-        for part in "qkv":
-            multiply_columns(f"self_attn.{part}_proj.weight", scales.attention_input)
-    if scales.value is not None:
-        divide_rows("self_attn.v_proj.weight", scales.value)
-        divide_rows("self_attn.v_proj.bias", scales.value)
-        multiply_columns("self_attn.o_proj.weight", scales.value[value_tie(layer.spec.attention)])
+    for group in attention_view.groups(layer.spec.attention):
+        scale = getattr(scales, group.name)
+        if scale is None:
+            continue
+        for name in group.producers:
+            if name in tensors:
+                divide_rows(name, _by_row(scale, group.rows, len(tensors[name])))
+        for name in group.weights:
+            multiply_columns(name, scale if group.tie is None else scale[group.tie])
     readers = ("mlp.router.weight", "mlp.experts.gate_up_proj") if isinstance(mlp, MoESpec) else (
         "mlp.gate_proj.weight", "mlp.up_proj.weight")
     if scales.moe_input is not None:
@@ -92,3 +84,8 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
             divide_rows("mlp.up_proj.weight", scales.down[0])
             multiply_columns("mlp.down_proj.weight", scales.down[0])
     return DecoderLayer(layer.spec, layer.eps, tensors, dict(layer.quantized))
+
+
+def _by_row(scale: torch.Tensor, rows: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The scale of each of `count` rows, 1 where a row makes no channel of it."""
+    return scale if rows is None else torch.ones(count).index_put((rows,), scale)

@@ -11,7 +11,7 @@ _BITS = {"fp16": None, "w8a8": 8, "w4a8": 4}
 
 
 def attention_bits(config: QuantConfig) -> int | None:
-    """Weight bits of q, k, v and o; None where they stay in floating point."""
+    """Weight bits of the attention's projections; None where they stay in floating point."""
     return _BITS[config.attention]
 
 
