@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ecmfq_export.models.spec import GqaSpec
+from ecmfq_export.models.spec import AttentionSpec, GqaSpec, MlaSpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
 from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.stages.streams import Batch
@@ -36,12 +36,29 @@ class LinearGroup:
     tie: torch.Tensor | None = None
 
 
-def groups(spec: GqaSpec) -> tuple[LinearGroup, ...]:
+def groups(spec: AttentionSpec) -> tuple[LinearGroup, ...]:
     """The attention's groups in the order of computation; the last one is the output projection."""
+    return _gqa_groups(spec) if isinstance(spec, GqaSpec) else _mla_groups(spec)
+
+
+def _gqa_groups(spec: GqaSpec) -> tuple[LinearGroup, ...]:
     return (
         LinearGroup("attention_input", tuple(f"self_attn.{part}_proj.weight" for part in "qkv"), ("input_layernorm.weight",)),
         LinearGroup("value", ("self_attn.o_proj.weight",), ("self_attn.v_proj.weight", "self_attn.v_proj.bias"), tie=value_tie(spec)),
     )
+
+
+def _mla_groups(spec: MlaSpec) -> tuple[LinearGroup, ...]:
+    found = [LinearGroup("attention_input", (f"self_attn.{'q' if spec.q_lora_rank is None else 'q_a'}_proj.weight",
+                                             "self_attn.kv_a_proj.weight"), ("input_layernorm.weight",))]
+    if spec.q_lora_rank is not None:
+        found.append(LinearGroup("q_latent", ("self_attn.q_b_proj.weight",), ("self_attn.q_a_norm.weight",)))
+    found.append(LinearGroup("kv_latent", ("self_attn.kv_b_proj.weight",), ("self_attn.kv_a_norm.weight",)))
+    # Every head has values of its own: nothing is tied.
+    head = torch.arange(spec.num_heads).unsqueeze(1) * (spec.qk_nope_head_dim + spec.v_head_dim)
+    rows = (head + spec.qk_nope_head_dim + torch.arange(spec.v_head_dim)).flatten()
+    found.append(LinearGroup("value", ("self_attn.o_proj.weight",), ("self_attn.kv_b_proj.weight",), rows=rows))
+    return tuple(found)
 
 
 def value_tie(spec: GqaSpec) -> torch.Tensor:
@@ -53,7 +70,7 @@ def value_tie(spec: GqaSpec) -> torch.Tensor:
     return (head.unsqueeze(1) * spec.head_dim + torch.arange(spec.head_dim)).flatten()
 
 
-def weight_names(spec: GqaSpec) -> tuple[str, ...]:
+def weight_names(spec: AttentionSpec) -> tuple[str, ...]:
     """Canonical suffixes of every projection of the attention."""
     return tuple(name for group in groups(spec) for name in group.weights)
 
@@ -79,13 +96,19 @@ def taps(layer: DecoderLayer, hidden: torch.Tensor, batch: Batch) -> tuple[dict[
         hidden: [B, S, hidden_size], what enters the layer.
         batch: its rotary tables and mask.
     """
-    x = layer.attention_input(hidden)
-    context, probs = layer.attention_context(x, batch.cos, batch.sin, batch.mask)
-    return {"attention_input": x, "value": context}, probs
+    names = [group.name for group in groups(layer.spec.attention)]
+    read = {name: tap(layer, hidden, batch, name) for name in names[:-1]}
+    context, probs = layer.attention_context(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
+    return {**read, names[-1]: context}, probs
 
 
 def tap(layer: DecoderLayer, hidden: torch.Tensor, batch: Batch, name: str) -> torch.Tensor:
     """What the group `name` alone reads, without computing what comes after it; arguments as :func:`taps`."""
+    x = layer.attention_input(hidden)
     if name == "attention_input":
-        return layer.attention_input(hidden)
-    return taps(layer, hidden, batch)[0][name]
+        return x
+    if name == "q_latent":
+        return layer.q_latent(x)
+    if name == "kv_latent":
+        return layer.kv_latent(x)[0]
+    return layer.attention_context(x, batch.cos, batch.sin, batch.mask)[0]

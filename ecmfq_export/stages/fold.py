@@ -3,10 +3,14 @@
 ====================  =====================  ==========================================
 scale                 divides                multiplies
 ====================  =====================  ==========================================
-attention_input [d]   input norm             columns of q, k, v
-value [kv * head]     rows (and bias) of v   columns of o, each head its group's scales
+attention_input [d]   input norm             columns of q, k, v (GQA); of q or q_a, and kv_a
+                                             (MLA)
+value [kv * head]     rows (and bias) of v   columns of o, each head its group's scales (GQA)
+value [heads * v]     value rows of kv_b     columns of o (MLA)
+q_latent [q rank]     norm of q's latent     columns of q_b (MLA)
+kv_latent [kv rank]   norm of kv's latent    columns of kv_b (MLA)
 moe_input [d]         second norm            columns of the router and of gate and up of
-                                             every expert
+                                             every expert, routed and shared
 down [E, I]           up rows of expert e    down columns of expert e
 ====================  =====================  ==========================================
 
@@ -19,7 +23,6 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
 from ecmfq_export.stages import attention_view
@@ -36,6 +39,8 @@ class LayerScales:
     value: torch.Tensor | None = None
     moe_input: torch.Tensor | None = None
     down: torch.Tensor | None = None
+    q_latent: torch.Tensor | None = None
+    kv_latent: torch.Tensor | None = None
 
     def named(self) -> dict[str, torch.Tensor]:
         """The scales that are there."""
@@ -44,15 +49,9 @@ class LayerScales:
 
 
 def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
-    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared.
-
-    Raises:
-        UnsupportedError: always-on shared experts, which read the same norm.
-    """
+    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared."""
     tensors = dict(layer.tensors)
     mlp = layer.spec.mlp
-    if isinstance(mlp, MoESpec) and mlp.num_shared_experts:
-        raise UnsupportedError(f"{mlp.num_shared_experts} shared experts cannot be smoothed yet", "set smooth = false")
 
     def divide_rows(name: str, scale: torch.Tensor) -> None:
         tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)

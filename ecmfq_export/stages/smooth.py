@@ -204,4 +204,5 @@ def _importance(layer: DecoderLayer, taps: Taps) -> torch.Tensor:
     routed = mlp_view.route(layer, taps.moe_input)
     if routed.routing is None:
         return torch.ones(1)
-    return expert_importance(routed_mass(routed.routing, layer, taps.types))
+    shared = mlp_view.num_experts(layer) - routed.routing.scores.shape[1]
+    return expert_importance(routed_mass(routed.routing, layer, taps.types), shared)
