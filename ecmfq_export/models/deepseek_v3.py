@@ -76,7 +76,7 @@ def read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec,
 
 def _read_attention(text: ConfigFields) -> MlaSpec:
     num_heads = text.whole("num_attention_heads")
-    text.expect("num_key_value_heads", num_heads, None, why="latent attention expands keys and values for every head")
+    text.expect("num_key_value_heads", num_heads, None, why=f"keys and values are expanded for all num_attention_heads = {num_heads}")
     spec = MlaSpec(
         num_heads=num_heads,
         qk_nope_head_dim=text.whole("qk_nope_head_dim"),

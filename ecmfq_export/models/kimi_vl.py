@@ -169,7 +169,8 @@ def _vision(vision: ConfigFields, table: str, text_hidden_size: int) -> VisionSp
     merge, side = vision.wholes("merge_kernel_size"), vision.whole(f"{table}_height")
     if len(merge) != 2 or merge[0] != merge[1] or merge[0] < 1 or vision.whole(f"{table}_width") != side:
         raise UnsupportedError(
-            f"config.json: vision_config.merge_kernel_size = {list(merge)}, position table {side} x {vision.take(f'{table}_width')}",
+            f"config.json: vision_config.merge_kernel_size = {list(merge)}, {table}_height = {side}, "
+            f"{table}_width = {vision.take(f'{table}_width')}",
             "expected a square kernel and a square table",
         )
     spec = VisionSpec(

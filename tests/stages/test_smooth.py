@@ -10,6 +10,7 @@ import torch
 
 from ecmfq_export.errors import BundleError
 from ecmfq_export.models.moe_vlm import open_model
+from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Silent
 from ecmfq_export.runtime.processor import Processor
@@ -31,7 +32,8 @@ def decode(model, samples, layers: list[DecoderLayer]) -> tuple[list[torch.Tenso
             for index, layer in enumerate(layers):
                 out, _ = layer.attend(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
                 x = layer.moe_input(hidden + out)
-                ids.append(layer.route(x.flatten(0, 1)).topk_ids)
+                if isinstance(layer.spec.mlp, MoESpec):
+                    ids.append(layer.route(x.flatten(0, 1)).topk_ids)
                 hidden = add_deepstack(hidden + out + layer.mlp(x), index, batch, store)
             last.append(hidden)
     return ids, last

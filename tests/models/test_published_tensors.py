@@ -1,0 +1,74 @@
+"""Every tensor of the published checkpoints, by name and shape, has exactly one place in our map.
+
+``published_tensors.json`` holds facts: each model's config.json, and its tensors as patterns (``{0:27}`` counts, ``{a,b}`` lists),
+written down from what public loaders of these checkpoints ask for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ecmfq_export.errors import CheckpointError
+from ecmfq_export.models.checkpoint import Checkpoint, TensorEntry
+from ecmfq_export.models.moe_vlm import open_model
+
+PUBLISHED = json.loads(Path(__file__).with_name("published_tensors.json").read_text())
+
+
+def expand(pattern: str) -> list[str]:
+    """``a.{0:2}.{x,y}`` to a.0.x, a.0.y, a.1.x, a.1.y."""
+    parts = re.split(r"\{([^}]*)\}", pattern)
+    choices = [[part] if i % 2 == 0 else [str(n) for n in range(*map(int, part.split(":")))] if ":" in part else part.split(",")
+               for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def published(name: str) -> dict[str, tuple[int, ...]]:
+    return {tensor: tuple(shape) for pattern, shape in PUBLISHED[name]["tensors"] for tensor in expand(pattern)}
+
+
+def open_published(monkeypatch: pytest.MonkeyPatch, directory: Path, name: str, tensors: dict[str, tuple[int, ...]]):
+    """Open a checkpoint that has headers only."""
+    (directory / "config.json").write_text(json.dumps(PUBLISHED[name]["config"]))
+    entries = {tensor: TensorEntry(directory / "model.safetensors", torch.bfloat16, shape, 0) for tensor, shape in tensors.items()}
+    monkeypatch.setattr(Checkpoint, "open", classmethod(lambda cls, path: cls(path, entries)))
+    return open_model(directory)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_tensor_has_its_place(monkeypatch, tmp_path: Path, name: str) -> None:
+    tensors = published(name)
+    total = sum(math.prod(shape) for shape in tensors.values()) / 1e9
+    assert total == pytest.approx(PUBLISHED[name]["parameters_in_billions"], abs=0.06)
+    model = open_published(monkeypatch, tmp_path, name, tensors)
+    assert sum(math.prod(model.shape(tensor)) for tensor in model.names()) / 1e9 == pytest.approx(total)
+    assert sorted(disk for tensor in model.names() for disk in model.float_source(tensor).disk_shapes()) == sorted(tensors)
+    for tensor in model.names():
+        for disk, shape in model.float_source(tensor).disk_shapes().items():
+            assert tensors[disk] == shape
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_missing_or_renamed_tensor_is_named(monkeypatch, tmp_path: Path, name: str) -> None:
+    tensors = published(name)
+    victim = next(tensor for tensor in tensors if tensor.endswith("layers.5.self_attn.o_proj.weight"))
+    tensors[victim + "_new"] = tensors.pop(victim)
+    with pytest.raises(CheckpointError, match="layers.5.self_attn.o_proj.weight; 1 tensors are there that belong nowhere"):
+        open_published(monkeypatch, tmp_path, name, tensors)
+
+
+def test_kimi_vl_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
+    model = open_published(monkeypatch, tmp_path, "Kimi-VL-A3B-Instruct", published("Kimi-VL-A3B-Instruct"))
+    spec, mlp = model.spec, model.spec.layers[26].mlp
+    assert model.shape("layers.1.mlp.experts.gate_up_proj") == (66, 2816, 2048)
+    assert (mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.num_slots, mlp.router.scaling) == (64, 2, 6, 8, 2.446)
+    assert spec.layers[0].mlp.intermediate_size == 11264 and spec.moe_layers == tuple(range(1, 27))
+    assert spec.rope.theta == 800000.0 and spec.rope.head_dim == 64 and spec.image_token_id == 163605
+    assert spec.layers[0].attention.scale == 192**-0.5 and spec.vision.patch_features == 588
