@@ -21,7 +21,7 @@ from ecmfq_export.validate.torch_lockstep import batch_rows
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of hidden states that are on their way through the decoder together."""
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 2048
 """Padded tokens of a batch; one sequence at least."""
 
 LoadLayer = Callable[[MoEVLM, int], DecoderLayer]
