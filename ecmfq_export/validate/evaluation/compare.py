@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,15 @@ def compare(reference: EvalResult, result: EvalResult, resamples: int = 10_000) 
         ``difference``: {``vqa``, ``embedding``, ``p_yes``: result - reference of the accuracy or mean recall, with a 95% interval and a
         p-value from a paired bootstrap over questions or images}; ``retention``: {the same: result / reference, with interval};
         ``perplexity_ratio``: {``answers``, ``captions``}; ``answers``: how many right answers were lost and gained; ``flips``: {span:
-        decisive positions, how many of them give another token, agreement over all positions}; ``reference``: what it is. A
-        position is decisive where the reference prefers its first token by 0.1 nats or more.
+        decisive positions, how many of them give another token, agreement over all positions}; ``reference``: what it is, and
+        ``reference_metrics``. A position is decisive where the reference prefers its first token by 0.1 nats or more.
 
     Raises:
         UserError: results of different data or settings, or nothing in common.
     """
-    for key in ("fingerprint", "distractors", "candidates", "yes_no"):
-        task = {"distractors": "embedding", "candidates": "p_yes", "yes_no": "p_yes"}.get(key)
-        ours, theirs = result.settings.get(key), reference.settings.get(key)
-        if ours != theirs and (task is None or (task in result.metrics and task in reference.metrics)):
-            what = "data" if key == "fingerprint" else f"{key} ({theirs} and {ours})"
-            raise UserError(f"the reference and this result were measured with different {what}",
-                            "evaluate the reference again with the same --data, --limit, --captions and --candidates")
-    out: dict[str, Any] = {"reference": reference.model, "difference": {}, "retention": {}, "perplexity_ratio": {}, "flips": {}}
+    require_same_settings(reference, result.settings, tuple(result.metrics))
+    out: dict[str, Any] = {"reference": reference.model, "reference_metrics": reference.metrics, "difference": {}, "retention": {},
+                           "perplexity_ratio": {}, "flips": {}}  # fmt: skip
     if "vqa" in result.metrics and "vqa" in reference.metrics:
         before, after = (r.items["answers"]["correct"] for r in (reference, result))
         _add(out, "vqa", before, after, resamples)
@@ -51,6 +47,17 @@ def compare(reference: EvalResult, result: EvalResult, resamples: int = 10_000) 
         raise UserError("the reference and this result measured nothing in common",
                         f"reference: {', '.join(reference.metrics)}; here: {', '.join(result.metrics)}")
     return out
+
+
+def require_same_settings(reference: EvalResult, settings: dict[str, Any], tasks: Sequence[str]) -> None:
+    """Raise UserError unless `reference` was measured on the items and with the settings that `tasks` need to be compared."""
+    needed = {"fingerprint": None, "distractors": "embedding", "candidates": "p_yes", "yes_no": "p_yes"}
+    for key, task in needed.items():
+        ours, theirs = settings.get(key), reference.settings.get(key)
+        if ours != theirs and (task is None or (task in tasks and task in reference.metrics)):
+            what = "data" if key == "fingerprint" else f"{key} ({theirs} and {ours})"
+            raise UserError(f"the reference and this result were measured with different {what}",
+                            "evaluate the reference again with the same --data, --limit, --captions and --candidates")
 
 
 def _image_scores(result: EvalResult, task: str) -> np.ndarray:

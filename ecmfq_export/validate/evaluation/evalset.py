@@ -19,6 +19,7 @@ from ecmfq_export.validate.prompts import MATCH_PROMPT
 
 TASKS = ("vqa", "perplexity", "embedding", "p_yes")
 """vqa: exact match of answers; perplexity: of answers and captions; embedding, p_yes: the two retrieval protocols."""
+_GROUPS = {"retrieval": ("embedding", "p_yes")}
 CAPTION_PROMPT = "Describe the image."
 IMAGE_EMBEDDING_PROMPT = "Summarize the image in one word."
 TEXT_EMBEDDING_PROMPT = "{text} Summarize the sentence in one word."
@@ -169,7 +170,7 @@ def prepare(
     Args:
         model_dir: a directory with tokenizer, chat template and image settings: the checkpoint, or a bundle's ``onnx``.
         data: see :func:`ecmfq_export.validate.evaluation.data.load_data`.
-        tasks: some of :data:`TASKS`; None measures all that the data allow.
+        tasks: some of :data:`TASKS`, or ``retrieval`` for both of its protocols; None measures all that the data allow.
         limit: at most so many questions (0: all).
         captions: at most so many images of the captions (0: all).
         candidates: images of protocol (b) (0: all); its cost grows with the square.
@@ -180,22 +181,27 @@ def prepare(
     Raises:
         UserError: unusable data, a task that the data do not allow, or a yes or no that is no single token.
     """
+    if limit < 0:
+        raise UserError(f"a limit of {limit} questions is out of range", "0 takes all")
+    if candidates < 0 or candidates == 1:
+        raise UserError(f"{candidates} candidates are out of range", "at least 2; 0 takes all")
+    if len(yes_no) != 2 or len(set(yes_no)) != 2:
+        raise UserError(f"{len(set(yes_no))} different answers of P(yes): {', '.join(map(repr, yes_no))}", "two are needed, e.g. yes,no")
     (progress or Silent()).note(f"reading {data}")
     items = load_data(data, limit, captions)
     possible = [t for t in TASKS if _allows(items, t)]
     if tasks is None:
         tasks = possible
+    tasks = list(dict.fromkeys(name for task in tasks for name in _GROUPS.get(task, (task,))))
     unknown = [t for t in tasks if t not in TASKS]
     if unknown or not tasks:
-        raise UserError(f"no task {', '.join(map(repr, unknown)) or 'given'}", f"tasks: {', '.join(TASKS)}")
+        raise UserError(f"no task {', '.join(map(repr, unknown)) or 'given'}", f"tasks: {', '.join((*TASKS, *_GROUPS))}")
     impossible = [t for t in tasks if t not in possible]
     if impossible:
         raise UserError(f"{data} does not allow {', '.join(impossible)}: it has {len(items.questions)} questions and "
                         f"{len(items.gallery.images) if items.gallery else 0} images with captions",
                         f"possible here: {', '.join(possible)}; vqa needs questions, embedding and p_yes need captions")  # fmt: skip
-    if candidates < 0 or candidates == 1:
-        raise UserError(f"{candidates} candidates are out of range", "at least 2; 0 takes all")
-    return EvalSet(Processor(model_dir), items, list(dict.fromkeys(tasks)), candidates, distractors, yes_no, features_limit)
+    return EvalSet(Processor(model_dir), items, tasks, candidates, distractors, yes_no, features_limit)
 
 
 def _single_tokens(processor: Processor, words: tuple[str, str]) -> tuple[int, int]:

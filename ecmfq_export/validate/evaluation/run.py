@@ -13,7 +13,7 @@ from ecmfq_export.models.torch_decoder import load_layer as load_layer_from_disk
 from ecmfq_export.progress import Progress, Silent
 from ecmfq_export.validate.evaluate import accuracy_by_type, wilson_interval
 from ecmfq_export.validate.evaluation.bootstrap import Bootstrap
-from ecmfq_export.validate.evaluation.compare import compare, kl_summary
+from ecmfq_export.validate.evaluation.compare import compare, kl_summary, require_same_settings
 from ecmfq_export.validate.evaluation.evalset import CAPTION_PROMPT, IMAGE_EMBEDDING_PROMPT, TEXT_EMBEDDING_PROMPT, EvalSet
 from ecmfq_export.validate.evaluation.outputs import ModelOutputs, StateOutputs, TokenScores, token_scores
 from ecmfq_export.validate.evaluation.result import EvalResult, as_data, token_items
@@ -86,9 +86,13 @@ def evaluate(
     Raises:
         UserError: a prompt that does not fit, an unusable image, NaN logits, or a reference on other data.
     """
+    if resamples < 0 or memory_limit < 1:
+        raise UserError(f"{resamples} bootstrap draws or a memory limit of {memory_limit} bytes is out of range", "give positive numbers")
     progress = progress or Silent()
     if isinstance(model, MoEVLM):
         model = TorchModel(model, load_layer, memory_limit)
+    if reference is not None:  # now, not after hours of running the model
+        require_same_settings(reference, evalset.settings, evalset.tasks)
     begin = time.perf_counter()
     outputs = model.run(evalset, progress)
     middle = time.perf_counter()

@@ -82,7 +82,7 @@ def test_near_duplicates_may_join_the_gallery(data: Path, checkpoint: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["vqa", "bleu"]}, "no task 'bleu'.*\n.*tasks: vqa, perplexity, embedding, p_yes"),
+        ({"tasks": ["vqa", "bleu"]}, "no task 'bleu'.*\n.*tasks: vqa, perplexity, embedding, p_yes, retrieval"),
         ({"tasks": []}, "no task given"),
         ({"candidates": 1}, "1 candidates are out of range"),
         ({"captions": 1}, "1 images with captions.*\n.*at least two"),
