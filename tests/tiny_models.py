@@ -111,19 +111,8 @@ def make_qwen3_vl_moe(
 
 
 def write_processor_files(directory: Path, config: Qwen3VLMoeConfig) -> None:
-    """A byte-level tokenizer without merges (id = byte order of the alphabet, then the special tokens) and image settings."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-        clean_up_tokenization_spaces=False, chat_template=_CHAT_TEMPLATE,
-    ).save_pretrained(directory)  # fmt: skip
+    """The tiny tokenizer and image settings."""
+    write_tokenizer(directory, SPECIAL_TOKENS, _CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     vision = config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     preprocessor = {
@@ -135,18 +124,36 @@ def write_processor_files(directory: Path, config: Qwen3VLMoeConfig) -> None:
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
 
+def write_tokenizer(directory: Path, special_tokens: Sequence[str], chat_template: str, *, eos_token: str, pad_token: str) -> None:
+    """A byte-level tokenizer without merges: id = byte order of the alphabet, then the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special_tokens))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos_token, pad_token=pad_token, padding_side="left",
+        clean_up_tokenization_spaces=False, chat_template=chat_template,
+    ).save_pretrained(directory)  # fmt: skip
+
+
 def random_sample(
-    seed: int, grids: Sequence[tuple[int, int, int]] = (), text: int = 5, patch_features: int = 96, merge: int = 2
+    seed: int, grids: Sequence[tuple[int, int, int]] = (), text: int = 5, patch_features: int = 96, merge: int = 2,
+    frame: tuple[int, int, int] = (VISION_START_TOKEN_ID, IMAGE_TOKEN_ID, VISION_END_TOKEN_ID),
 ) -> ProcessedSample:
     """A random prompt: text tokens before, between and after images of `grids` patches, the last half of the text an answer.
 
-    `text` tokens stand at each of the ``len(grids) + 1`` places; `patch_features` and `merge` are the tiny model's.
+    `text` tokens stand at each of the ``len(grids) + 1`` places; `patch_features`, `merge` and `frame` (ids that open, stand in
+    and close an image) are the tiny Qwen3-VL-MoE's.
     """
     rng = np.random.default_rng(seed)
     ids = list(rng.integers(0, 256, text))
     for grid in grids:
         placeholders = int(np.prod(grid)) // merge**2
-        ids += [VISION_START_TOKEN_ID, *[IMAGE_TOKEN_ID] * placeholders, VISION_END_TOKEN_ID]
+        ids += [frame[0], *[frame[1]] * placeholders, frame[2]]
         ids += list(rng.integers(0, 256, text))
     patches = sum(int(np.prod(grid)) for grid in grids)
     answer = np.zeros(len(ids), bool)

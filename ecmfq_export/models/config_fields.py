@@ -7,6 +7,27 @@ from typing import Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 
+BOOKKEEPING = {
+    "architectures": "checked at the top level",
+    "dtype": "tensors carry their own dtype",
+    "torch_dtype": "tensors carry their own dtype",
+    "transformers_version": "says who wrote the file",
+    "_name_or_path": "says where the file came from",
+    "name_or_path": "says where the file came from",
+    "initializer_range": "initialization of training",
+    "return_dict": "form of transformers' return value",
+    "output_hidden_states": "form of transformers' return value",
+    "output_attentions": "form of transformers' return value",
+    "problem_type": "classification heads only",
+    "id2label": "classification heads only",
+    "label2id": "classification heads only",
+    "use_cache": "whether transformers keeps a cache",
+    "bos_token_id": "generation; the runtime reads the tokenizer and generation_config.json",
+    "eos_token_id": "generation; the runtime reads the tokenizer and generation_config.json",
+    "pad_token_id": "marks an embedding row that training leaves alone; inference reads it as any other",
+}
+"""Fields of any level that do not change inference, with the reason."""
+
 
 class ConfigFields:
     """One JSON object of a config, with the defaults of transformers' own config class for what is absent.
@@ -121,3 +142,25 @@ class ConfigFields:
                     "and could change the model's results",
                     "if it does not, remove it from config.json; otherwise this model needs a newer version",
                 )
+
+
+def one_rope_spelling(text: ConfigFields, given: Mapping[str, Any]) -> None:
+    """Take the three historical spellings of rotary settings, which transformers merges, and refuse those that disagree.
+
+    Args:
+        text: the text section.
+        given: what the file says in it.
+
+    Raises:
+        UnsupportedError: two spellings of one setting.
+    """
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        text.take(name)
+    spelled = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name) is not None]
+    thetas = [section["rope_theta"] for section in spelled if isinstance(section, dict) and "rope_theta" in section]
+    thetas += [given["rope_theta"]] if given.get("rope_theta") is not None else []
+    if len(spelled) > 1 or any(theta != thetas[0] for theta in thetas[1:]):
+        raise UnsupportedError(
+            "config.json: rope_parameters, rope_scaling and rope_theta of text_config contradict each other",
+            "keep one of rope_parameters and rope_scaling, and one rope_theta",
+        )

@@ -34,7 +34,7 @@ class DecoderInputs:
 
     Attributes:
         inputs_embeds: [B, S, hidden], image features in the places of their tokens.
-        cos, sin: [B, S, head_dim], both halves alike (rotate-half form).
+        cos, sin: [B, S, rotated channels of a head], both halves alike (rotate-half form).
         mask: [B, 1, S, S], 0 where visible, a large negative number elsewhere.
         deepstack: for each of the first decoder layers what is added to its output, [B, S, hidden], zero at text.
         token_types: int64 [B, S], 0 text and padding, 1 image tokens.
@@ -77,12 +77,12 @@ def prepare_inputs(
         types[row, : lengths[row]] = host_inputs.token_types(sample.input_ids, spec.image_token_id)
     if ids.min() < 0 or ids.max() >= spec.vocab_size:
         raise UserError(f"token id {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of {spec.vocab_size}")
-    if (ids == spec.video_token_id).any():
+    if spec.video_token_id is not None and (ids == spec.video_token_id).any():
         raise UserError("video input is not supported", "give images")
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     grids = [sample.image_grid_thw for sample in samples if sample.image_grid_thw is not None]
     grid = np.concatenate(grids) if grids else None
-    positions, _ = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size)
+    positions, _ = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
     cos, sin = rotary_tables(spec, positions, dtype)
     embeds = embed_tokens(model, torch.from_numpy(ids)).to(dtype)
     deepstack = [torch.zeros_like(embeds) for _ in range(spec.num_deepstack)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,24 +10,17 @@ import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models.checkpoint import Checkpoint, preview
+from ecmfq_export.models.float_source import ExpertsSource, FloatSource, check_source
 from ecmfq_export.models.quantized_reader import QuantizationInfo, QuantizedSource, read_quantization
 from ecmfq_export.models.registry import Family, family_of, read_config
-from ecmfq_export.models.spec import DecoderLayerSpec, ModelSpec, MoESpec
+from ecmfq_export.models.spec import DecoderLayerSpec, GqaSpec, MlaSpec, ModelSpec, MoESpec
 from ecmfq_export.quant.qtensor import QTensor
 
 ExpertLayout = Literal["auto", "transformers", "published"]
 """How fused experts lie on disk: ``transformers`` [E, out, in] (what 5.x saves), ``published`` [E, in, out] (the Hub's
 Qwen3-VL-MoE checkpoints), ``auto`` by shape."""
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class FloatSource:
-    """A floating tensor on disk; `transposed` says that its last two axes are swapped there."""
-
-    name: str
-    transposed: bool = False
+Source = FloatSource | ExpertsSource | QuantizedSource
 
 
 def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
@@ -45,22 +37,24 @@ def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
     spec = family.read_spec(config)
     checkpoint = Checkpoint.open(path)
     shapes = decoder_shapes(spec) | family.vision_shapes(config)
-    quantization = read_quantization(config, shapes, family.disk_name)
-    sources: dict[str, FloatSource | QuantizedSource] = {}
+    quantization = read_quantization(config, shapes, family.disk_name, spec.num_shared_experts)
+    sources: dict[str, Source] = {}
     for name, shape in shapes.items():
         quantized = quantization.source(name) if quantization else None
         if quantized is not None:
             sources[name] = quantized
         elif name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
-            sources[name] = _experts_source(checkpoint, family.disk_name(name), shape, expert_layout)
+            parts = family.expert_parts(spec, name)
+            sources[name] = ExpertsSource(parts, shape) if parts else _experts_source(
+                checkpoint, family.disk_name(name), shape, expert_layout)
         else:
-            sources[name] = FloatSource(family.disk_name(name))
+            sources[name] = FloatSource(family.disk_name(name), shape)
     _check_complete(checkpoint, sources, spec.tie_word_embeddings)
-    for name, source in sources.items():
+    for source in sources.values():
         if isinstance(source, QuantizedSource):
             source.check(checkpoint)
         else:
-            _check_float(checkpoint, source, shapes[name])
+            check_source(checkpoint, source)
     return MoEVLM(path, config, family, spec, checkpoint, shapes, sources, quantization)
 
 
@@ -84,7 +78,7 @@ class MoEVLM:
         spec: ModelSpec,
         checkpoint: Checkpoint,
         shapes: Mapping[str, tuple[int, ...]],
-        sources: Mapping[str, FloatSource | QuantizedSource],
+        sources: Mapping[str, Source],
         quantization: QuantizationInfo | None,
     ) -> None:
         self.path = path
@@ -127,21 +121,25 @@ class MoEVLM:
         source = self._source(name)
         if isinstance(source, QuantizedSource):
             return source.load(self.checkpoint).dequantize()
-        if not source.transposed:
-            return self.checkpoint.load(source.name)
-        # Expert by expert, so that the two layouts are not in memory together.
-        tensor = torch.empty(self._shapes[name], dtype=self.checkpoint.dtype(source.name))
-        for expert, matrix in enumerate(tensor):
-            matrix.copy_(self.checkpoint.load_rows(source.name, expert, expert + 1)[0].t())
-        return tensor
+        return source.load(self.checkpoint)
 
     def tensor_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """``tensor(name)[start:stop]`` reading only these rows of the first axis (experts, vocabulary); errors alike."""
         source = self._source(name)
         if isinstance(source, QuantizedSource):
             return source.load(self.checkpoint, start, stop).dequantize()
-        tensor = self.checkpoint.load_rows(source.name, start, stop)
-        return tensor.transpose(-1, -2).contiguous() if source.transposed else tensor
+        return source.load_rows(self.checkpoint, start, stop)
+
+    def float_source(self, name: str) -> FloatSource | ExpertsSource:
+        """Where a floating tensor lies on disk.
+
+        Raises:
+            ValueError: it is quantized.
+        """
+        source = self._source(name)
+        if isinstance(source, QuantizedSource):
+            raise ValueError(f"'{name}' is quantized")
+        return source
 
     def qtensor(self, name: str, start: int | None = None, stop: int | None = None) -> QTensor:
         """The quantized weight; experts stacked [E, N, K], of which `start` to `stop` may be chosen.
@@ -156,14 +154,17 @@ class MoEVLM:
         return source.load(self.checkpoint, start, stop)
 
     def vision_module(self) -> torch.nn.Module:
-        """transformers' own vision tower with its weights, float32, in eval mode."""
+        """transformers' own vision tower with its weights, float32, in eval mode.
+
+        ``module(patches, grid_thw=...)`` gives ``pooler_output`` [merged patches, hidden_size] and ``deepstack_features``.
+        """
         module = self.family.build_vision(self.config)
         state = {name.removeprefix("vision."): self.tensor(name).float() for name in self._shapes if name.startswith("vision.")}
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(self.family.vision_state(module, state), assign=True)
         self.family.finish_vision(module)
         return module.requires_grad_(False).eval()
 
-    def _source(self, name: str) -> FloatSource | QuantizedSource:
+    def _source(self, name: str) -> Source:
         try:
             return self._sources[name]
         except KeyError:
@@ -184,43 +185,61 @@ def decoder_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def layer_shapes(spec: ModelSpec, layer: DecoderLayerSpec) -> dict[str, tuple[int, ...]]:
     """Canonical suffixes (after ``layers.{i}.``) and shapes of one decoder layer."""
     hidden, attention, mlp = spec.hidden_size, layer.attention, layer.mlp
-    query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-    for name, rows, columns in (("q", query, hidden), ("k", key, hidden), ("v", key, hidden), ("o", hidden, query)):
-        shapes[f"self_attn.{name}_proj.weight"] = (rows, columns)
-        if attention.bias:
-            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
-    if attention.qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (attention.head_dim,)
+    parts = _gqa_shapes(attention, hidden) if isinstance(attention, GqaSpec) else _mla_shapes(attention, hidden)
+    shapes |= {f"self_attn.{name}": shape for name, shape in parts.items()}
     shapes["post_attention_layernorm.weight"] = (hidden,)
     if isinstance(mlp, MoESpec):
         shapes["mlp.router.weight"] = (mlp.num_experts, hidden)
         if mlp.router.selection_bias:
             shapes["mlp.router.selection_bias"] = (mlp.num_experts,)
-        shapes["mlp.experts.gate_up_proj"] = (mlp.num_experts, 2 * mlp.intermediate_size, hidden)
-        shapes["mlp.experts.down_proj"] = (mlp.num_experts, hidden, mlp.intermediate_size)
+        shapes["mlp.experts.gate_up_proj"] = (mlp.total_experts, 2 * mlp.intermediate_size, hidden)
+        shapes["mlp.experts.down_proj"] = (mlp.total_experts, hidden, mlp.intermediate_size)
     else:
         shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (mlp.intermediate_size, hidden)
         shapes["mlp.down_proj.weight"] = (hidden, mlp.intermediate_size)
     return shapes
 
 
+def _gqa_shapes(spec: GqaSpec, hidden: int) -> dict[str, tuple[int, ...]]:
+    query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rows, columns in (("q", query, hidden), ("k", key, hidden), ("v", key, hidden), ("o", hidden, query)):
+        shapes[f"{name}_proj.weight"] = (rows, columns)
+        if spec.bias:
+            shapes[f"{name}_proj.bias"] = (rows,)
+    if spec.qk_norm:
+        shapes["q_norm.weight"] = shapes["k_norm.weight"] = (spec.head_dim,)
+    return shapes
+
+
+def _mla_shapes(spec: MlaSpec, hidden: int) -> dict[str, tuple[int, ...]]:
+    query, rank = spec.num_heads * spec.qk_head_dim, spec.q_lora_rank
+    shapes: dict[str, tuple[int, ...]] = {"q_proj.weight": (query, hidden)} if rank is None else {
+        "q_a_proj.weight": (rank, hidden), "q_a_norm.weight": (rank,), "q_b_proj.weight": (query, rank)}
+    shapes["kv_a_proj.weight"] = (spec.kv_lora_rank + spec.qk_rope_head_dim, hidden)
+    shapes["kv_a_norm.weight"] = (spec.kv_lora_rank,)
+    shapes["kv_b_proj.weight"] = (spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim), spec.kv_lora_rank)
+    shapes["o_proj.weight"] = (hidden, spec.num_heads * spec.v_head_dim)
+    return shapes
+
+
 def _experts_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], layout: ExpertLayout) -> FloatSource:
     if layout != "auto" or name not in checkpoint:
-        return FloatSource(name, layout == "published")
+        return FloatSource(name, shape, layout == "published")
     if shape[1] == shape[2]:
         raise UnsupportedError(
             f"'{name}' {list(shape)} has square experts, so its shape does not tell whether they are transposed on disk",
             "say expert_layout='transformers' (saved by transformers 5) or 'published' (as on the Hugging Face Hub)",
         )
     transposed = (shape[0], shape[2], shape[1])
-    return FloatSource(name, checkpoint.shape(name) == transposed)
+    return FloatSource(name, shape, checkpoint.shape(name) == transposed)
 
 
-def _check_complete(checkpoint: Checkpoint, sources: Mapping[str, FloatSource | QuantizedSource], tied: bool) -> None:
+def _check_complete(checkpoint: Checkpoint, sources: Mapping[str, Source], tied: bool) -> None:
     wanted: set[str] = set()
     for source in sources.values():
-        wanted.update(source.disk_names() if isinstance(source, QuantizedSource) else (source.name,))
+        wanted.update(source.disk_names() if isinstance(source, QuantizedSource) else source.disk_shapes())
     there = set(checkpoint.names())
     missing, extra = sorted(wanted - there), sorted(there - wanted)
     if missing:
@@ -239,23 +258,8 @@ def _check_complete(checkpoint: Checkpoint, sources: Mapping[str, FloatSource | 
         )
 
 
-def _check_float(checkpoint: Checkpoint, source: FloatSource, shape: tuple[int, ...]) -> None:
-    expected = (*shape[:-2], shape[-1], shape[-2]) if source.transposed else shape
-    if checkpoint.shape(source.name) != expected:
-        raise CheckpointError(
-            f"'{source.name}' has shape {list(checkpoint.shape(source.name))}, config.json implies {list(expected)}",
-            "the checkpoint and its config.json do not belong together",
-        )
-    if checkpoint.dtype(source.name) not in FLOAT_DTYPES:
-        raise CheckpointError(
-            f"'{source.name}' has dtype {checkpoint.dtype(source.name)}, expected float32, float16 or bfloat16",
-            "give the floating-point checkpoint, or one quantized by ecmfq-export",
-        )
-
-
 __all__ = [
     "ExpertLayout",
-    "FloatSource",
     "MoEVLM",
     "decoder_shapes",
     "layer_shapes",

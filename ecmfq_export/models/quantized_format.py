@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.models.checkpoint import INDEX_FILE, read_header
+from ecmfq_export.models.float_source import ExpertsSource
 from ecmfq_export.models.group_scales import join_scales
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes, open_model
 from ecmfq_export.models.quantized_reader import Scheme, quantizable_modules
@@ -29,8 +31,8 @@ from ecmfq_export.quant.qtensor import QTensor
 _SIDE_FILES = re.compile(r".*\.(json|jinja|txt|model|md)|LICENSE.*|NOTICE.*")
 _WEIGHT_FILES = re.compile(r".*\.index\.json|config\.json|manifest\.json|README\.md")
 _KINDS = {
-    "experts": (r"\.mlp\.experts\.(gate_up|down)_proj$", r"re:.*\.mlp\.experts\.\d+\.(gate|up|down)_proj$"),
-    "attention": (r"\.self_attn\.[qkvo]_proj\.weight$", r"re:.*\.self_attn\.(q|k|v|o)_proj$"),
+    "experts": (r"\.mlp\.experts\.(gate_up|down)_proj$", r"re:.*\.mlp\.(shared_)?experts\.\d+\.(gate|up|down)_proj$"),
+    "attention": (r"\.self_attn\.\w+_proj\.weight$", r"re:.*\.self_attn\.\w+_proj(_with_mqa)?$"),
     "dense MLP": (r"\.mlp\.(gate|up|down)_proj\.weight$", r"re:.*\.mlp\.(gate|up|down)_proj$"),
     "lm_head": (r"^lm_head\.weight$", "lm_head"),
 }
@@ -137,27 +139,31 @@ class QuantizedWriter:
             if isinstance(tensor, QTensor):
                 entries.update(_quantized_entries(self.model, name, tensor))
             else:
-                entries[self.model.family.disk_name(name)] = self._float_entry(name, tensor, shape)
+                entries.update(self._float_entries(name, tensor))
         write_safetensors(shard, entries)
 
-    def _float_entry(self, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> TensorToWrite:
-        dtype = self.model.stored_dtype(name)
+    def _float_entries(self, name: str, tensor: torch.Tensor | None) -> dict[str, TensorToWrite]:
+        """Tensors on disk of a floating tensor; None copies it, in the canonical layout."""
+        model, source, dtype = self.model, self.model.float_source(name), self.model.stored_dtype(name)
+        if tensor is None and isinstance(source, ExpertsSource):
+            return {part: TensorToWrite(dtype, shape, partial(model.checkpoint.load, part))
+                    for part, shape in source.disk_shapes().items()}
         if tensor is None:
-            return TensorToWrite(dtype, shape, lambda: self.model.tensor(name))
+            return {source.name: TensorToWrite(dtype, source.shape, lambda: model.tensor(name))}
         stored = tensor.detach().to(dtype)
         if not bool(torch.isfinite(stored).all()):
             raise CheckpointError(
                 f"'{name}' overflows {dtype} (largest magnitude {float(tensor.abs().max()):g})",
                 "convert the checkpoint to bfloat16 or float32 and quantize that",
             )
-        return TensorToWrite.of(stored)
+        return {part: TensorToWrite.of(values) for part, values in source.split(stored).items()}
 
     def _schemes(self, on_disk: Mapping[str, str]) -> dict[str, Scheme]:
         """Canonical weight to scheme, found in what is on disk: layers of an earlier run count alike."""
         headers = {shard: read_header(self.work_dir / shard) for shard in set(on_disk.values())}
         schemes: dict[str, Scheme] = {}
         for name in self.model.names():
-            modules = quantizable_modules(name, self.model.shape(name), self.model.family.disk_name)
+            modules = _modules(self.model, name)
             scale = f"{modules[0][0]}.weight_scale" if modules else ""
             if scale in on_disk:
                 num_bits = 4 if f"{modules[0][0]}.weight_packed" in on_disk else 8
@@ -188,13 +194,11 @@ def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[st
             targets.setdefault(kinds.pop(), []).append(pattern)
         else:
             for name in members:
-                flat = [m for parts in quantizable_modules(name, model.shape(name), model.family.disk_name) for m in parts]
+                flat = [m for parts in _modules(model, name) for m in parts]
                 scheme = schemes.get(name)
                 (ignore if scheme is None else targets.setdefault(scheme, [])).extend(flat)
     ignore += sorted(
-        quantizable_modules(name, model.shape(name), model.family.disk_name)[0][0]
-        for name in model.names()
-        if name.startswith("vision.") and quantizable_modules(name, model.shape(name), model.family.disk_name)
+        _modules(model, name)[0][0] for name in model.names() if name.startswith("vision.") and _modules(model, name)
     )
     ignore += [
         model.family.disk_name(name).removesuffix(".weight") for name in model.names() if name.endswith("mlp.router.weight")
@@ -209,6 +213,10 @@ def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[st
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _modules(model: MoEVLM, name: str) -> tuple[tuple[str, ...], ...]:
+    return quantizable_modules(name, model.shape(name), model.family.disk_name, model.spec.num_shared_experts)
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -233,7 +241,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def _quantized_entries(model: MoEVLM, name: str, weight: QTensor) -> dict[str, TensorToWrite]:
     """Tensors on disk of one canonical weight; experts are packed all at once and written as views."""
-    modules = quantizable_modules(name, model.shape(name), model.family.disk_name)
+    modules = _modules(model, name)
     if not modules or name.startswith("vision."):
         raise ValueError(f"'{name}' cannot be quantized in this format")
     lead = (len(modules), len(modules[0]), -1)

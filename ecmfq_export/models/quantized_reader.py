@@ -8,7 +8,9 @@ On disk a linear module ``M`` of N outputs and K inputs is, in compressed-tensor
 
 With groups of 128 columns ``weight_scale`` is float32 [N, K / 128], see group_scales.py.
 
-Experts lie one by one, ``...mlp.experts.{e}.{gate,up,down}_proj``, as vLLM and llm-compressor name them.
+Experts lie one by one, ``...mlp.experts.{e}.{gate,up,down}_proj``, as vLLM and llm-compressor name them. Shared experts, which
+published checkpoints hold as one MLP, lie one by one too, ``...mlp.shared_experts.{s}.{gate,up,down}_proj``: each has scales of
+its own, and quantizes what its down projection reads by itself.
 """
 
 from __future__ import annotations
@@ -164,13 +166,14 @@ class QuantizationInfo:
 
 
 def read_quantization(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], disk_name: Callable[[str], str]
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], disk_name: Callable[[str], str], num_shared: int = 0
 ) -> QuantizationInfo | None:
     """Resolve ``quantization_config`` against the model's weights; None where there is none.
 
     Args:
         shapes: canonical names and shapes of all tensors.
         disk_name: canonical to disk name.
+        num_shared: shared experts among a layer's stacked experts.
 
     Raises:
         UnsupportedError: another method or format, or a scheme other than symmetric int4 or int8 with dynamic
@@ -182,7 +185,7 @@ def read_quantization(
     choose = _chooser(*_groups(quantization))
     sources: dict[str, QuantizedSource] = {}
     for name, shape in shapes.items():
-        modules = quantizable_modules(name, shape, disk_name)
+        modules = quantizable_modules(name, shape, disk_name, num_shared)
         if not modules:
             continue
         schemes = {choose(module) for parts in modules for module in parts}
@@ -200,12 +203,19 @@ def read_quantization(
     return QuantizationInfo(sources)
 
 
-def quantizable_modules(name: str, shape: tuple[int, ...], disk_name: Callable[[str], str]) -> tuple[tuple[str, ...], ...]:
-    """Disk names of the linear modules behind a canonical tensor, expert by expert; empty where it is no linear weight."""
+def quantizable_modules(
+    name: str, shape: tuple[int, ...], disk_name: Callable[[str], str], num_shared: int = 0
+) -> tuple[tuple[str, ...], ...]:
+    """Disk names of the linear modules behind a canonical tensor, expert by expert; empty where it is no linear weight.
+
+    The last `num_shared` of stacked experts are the shared ones.
+    """
     for suffix, parts in EXPERT_PARTS.items():
         if name.endswith(suffix):
-            base = disk_name(name).rsplit(".", 1)[0]
-            return tuple(tuple(f"{base}.{expert}.{part}" for part in parts) for expert in range(shape[0]))
+            routed = disk_name(name).rsplit(".", 1)[0]
+            owners = [f"{routed}.{expert}" for expert in range(shape[0] - num_shared)]
+            owners += [f"{routed.removesuffix('experts')}shared_experts.{expert}" for expert in range(num_shared)]
+            return tuple(tuple(f"{owner}.{part}" for part in parts) for owner in owners)
     linear = name.endswith(".weight") and len(shape) == 2
     if not linear or name.endswith(("embed_tokens.weight", "pos_embed.weight", "mlp.router.weight")):
         return ()

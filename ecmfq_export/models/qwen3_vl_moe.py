@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
-from ecmfq_export.models.config_fields import ConfigFields
+from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, one_rope_spelling
 from ecmfq_export.models.spec import (
     DecoderLayerSpec,
     DenseMlpSpec,
@@ -25,28 +25,7 @@ from ecmfq_export.models.spec import (
 if TYPE_CHECKING:
     import torch
 
-_BOOKKEEPING = {
-    "architectures": "checked at the top level",
-    "dtype": "tensors carry their own dtype",
-    "torch_dtype": "tensors carry their own dtype",
-    "transformers_version": "says who wrote the file",
-    "_name_or_path": "says where the file came from",
-    "name_or_path": "says where the file came from",
-    "initializer_range": "initialization of training",
-    "return_dict": "form of transformers' return value",
-    "output_hidden_states": "form of transformers' return value",
-    "output_attentions": "form of transformers' return value",
-    "problem_type": "classification heads only",
-    "id2label": "classification heads only",
-    "label2id": "classification heads only",
-    "use_cache": "whether transformers keeps a cache",
-    "bos_token_id": "generation; the runtime reads the tokenizer and generation_config.json",
-    "eos_token_id": "generation; the runtime reads the tokenizer and generation_config.json",
-    "pad_token_id": "marks an embedding row that training leaves alone; inference reads it as any other",
-}
-"""Fields of any level that do not change inference, with the reason."""
-
-_TEXT_HARMLESS = _BOOKKEEPING | {
+_TEXT_HARMLESS = BOOKKEEPING | {
     "attention_dropout": "training only",
     "output_router_logits": "asks for the training loss of the router",
     "router_aux_loss_coef": "training loss of the router",
@@ -100,7 +79,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
             f"config.json: {len(vision.deepstack_layers)} DeepStack features for {len(layers)} decoder layers",
             "each feature is added after one decoder layer",
         )
-    for section, harmless in ((text, _TEXT_HARMLESS), (top, _BOOKKEEPING)):
+    for section, harmless in ((text, _TEXT_HARMLESS), (top, BOOKKEEPING)):
         _refuse_unused(section)
         section.finish(harmless)
     return spec
@@ -163,16 +142,7 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
 
 def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_dim: int) -> RopeSpec:
     """`defaults` has the three historical spellings (rope_parameters, rope_scaling, rope_theta) merged already."""
-    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        text.take(name)
-    spelled = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name) is not None]
-    thetas = [section["rope_theta"] for section in spelled if isinstance(section, dict) and "rope_theta" in section]
-    thetas += [given["rope_theta"]] if given.get("rope_theta") is not None else []
-    if len(spelled) > 1 or any(theta != thetas[0] for theta in thetas[1:]):
-        raise UnsupportedError(
-            "config.json: rope_parameters, rope_scaling and rope_theta of text_config contradict each other",
-            "keep one of rope_parameters and rope_scaling, and one rope_theta",
-        )
+    one_rope_spelling(text, given)
     rope = ConfigFields("text_config.rope_parameters", dict(defaults.rope_parameters), None)
     rope.expect("rope_type", "default", why="only unscaled rotary embedding is handled")
     rope.expect("type", "default", None, why="only unscaled rotary embedding is handled")
@@ -220,7 +190,7 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
         deepstack_layers=vision.wholes("deepstack_visual_indexes"),
     )
     _refuse_unused(vision)
-    vision.finish(_BOOKKEEPING)
+    vision.finish(BOOKKEEPING)
     if spec.out_hidden_size != hidden_size:
         raise CheckpointError(f"config.json: vision out_hidden_size {spec.out_hidden_size}, text hidden_size {hidden_size}")
     if spec.hidden_size % (4 * spec.num_heads):

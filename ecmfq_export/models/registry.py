@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
-from ecmfq_export.models import qwen3_vl_moe
+from ecmfq_export.models import kimi_vision, kimi_vl, qwen3_vl_moe
+from ecmfq_export.models.float_source import ExpertPart
 from ecmfq_export.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ class Family:
         model_type: of ``config.json``.
         read_spec: config.json's content to a spec; refuses every field it does not understand.
         disk_name: canonical tensor name to the name on disk.
+        expert_parts: a layer's stacked experts to the tensors on disk that hold them; empty where they are one tensor.
         vision_shapes: config.json's content to the vision tower's canonical tensor names and shapes.
         build_vision: config.json's content to transformers' own vision tower, without weights, on the meta device.
+        vision_state: the tower's tensors, by canonical name without ``vision.``, as the state of the built tower.
         finish_vision: puts the buffers that no checkpoint holds into a tower whose parameters are loaded.
     """
 
@@ -36,9 +39,19 @@ class Family:
     model_type: str
     read_spec: Callable[[dict[str, Any]], ModelSpec]
     disk_name: Callable[[str], str]
+    expert_parts: Callable[[ModelSpec, str], tuple[ExpertPart, ...]]
     vision_shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]
     build_vision: Callable[[dict[str, Any]], torch.nn.Module]
+    vision_state: Callable[[torch.nn.Module, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     finish_vision: Callable[[torch.nn.Module], None]
+
+
+def _one_tensor(spec: ModelSpec, name: str) -> tuple[ExpertPart, ...]:
+    return ()
+
+
+def _same_state(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return state
 
 
 SUPPORTED: Mapping[str, Family] = {
@@ -47,9 +60,33 @@ SUPPORTED: Mapping[str, Family] = {
         model_type="qwen3_vl_moe",
         read_spec=qwen3_vl_moe.read_spec,
         disk_name=qwen3_vl_moe.disk_name,
+        expert_parts=_one_tensor,
         vision_shapes=qwen3_vl_moe.vision_shapes,
         build_vision=qwen3_vl_moe.build_vision,
+        vision_state=_same_state,
         finish_vision=qwen3_vl_moe.finish_vision,
+    ),
+    "kimi_vl": Family(
+        name="kimi_vl",
+        model_type="kimi_vl",
+        read_spec=kimi_vl.read_spec,
+        disk_name=kimi_vl.disk_name,
+        expert_parts=kimi_vl.expert_parts,
+        vision_shapes=kimi_vl.vision_shapes,
+        build_vision=kimi_vl.build_vision,
+        vision_state=kimi_vl.vision_state,
+        finish_vision=kimi_vision.finish,
+    ),
+    "kimi_k25": Family(
+        name="kimi_k25",
+        model_type="kimi_k25",
+        read_spec=kimi_vl.read_k25_spec,
+        disk_name=kimi_vl.k25_disk_name,
+        expert_parts=kimi_vl.k25_expert_parts,
+        vision_shapes=kimi_vl.k25_vision_shapes,
+        build_vision=kimi_vl.build_vision,
+        vision_state=_same_state,
+        finish_vision=kimi_vision.finish,
     ),
 }
 """Families by ``model_type``."""

@@ -9,11 +9,21 @@ Canonical tensor names, shared by the loader, the stages, the quantized checkpoi
     layers.{i}.input_layernorm.weight            [hidden_size]
     layers.{i}.self_attn.{q,k,v,o}_proj.weight   [out_features, in_features]   (.bias where GqaSpec.bias)
     layers.{i}.self_attn.{q,k}_norm.weight       [head_dim]                    (where GqaSpec.qk_norm)
+
+    layers.{i}.self_attn.q_proj.weight           [num_heads * qk_head_dim, hidden_size]   (MlaSpec without q_lora_rank)
+    layers.{i}.self_attn.q_a_proj.weight         [q_lora_rank, hidden_size]               (MlaSpec with q_lora_rank)
+    layers.{i}.self_attn.q_a_norm.weight         [q_lora_rank]                            (the same)
+    layers.{i}.self_attn.q_b_proj.weight         [num_heads * qk_head_dim, q_lora_rank]   (the same)
+    layers.{i}.self_attn.kv_a_proj.weight        [kv_lora_rank + qk_rope_head_dim, hidden_size]
+    layers.{i}.self_attn.kv_a_norm.weight        [kv_lora_rank]
+    layers.{i}.self_attn.kv_b_proj.weight        [num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]
+    layers.{i}.self_attn.o_proj.weight           [hidden_size, num_heads * v_head_dim]
+
     layers.{i}.post_attention_layernorm.weight   [hidden_size]
     layers.{i}.mlp.router.weight                 [num_experts, hidden_size]
     layers.{i}.mlp.router.selection_bias         [num_experts]                 (where RouterSpec.selection_bias)
-    layers.{i}.mlp.experts.gate_up_proj          [num_experts, 2 * intermediate_size, hidden_size], gate rows first
-    layers.{i}.mlp.experts.down_proj             [num_experts, hidden_size, intermediate_size]
+    layers.{i}.mlp.experts.gate_up_proj          [total_experts, 2 * intermediate_size, hidden_size], gate rows first
+    layers.{i}.mlp.experts.down_proj             [total_experts, hidden_size, intermediate_size]
     layers.{i}.mlp.{gate,up,down}_proj.weight    dense layers
     norm.weight                                  [hidden_size]
     lm_head.weight                               [vocab_size, hidden_size]     (absent where tie_word_embeddings)
@@ -32,7 +42,9 @@ class RouterSpec:
 
     Scores are ``scoring(router_logits)``. Selection takes the ``top_k`` largest of scores (plus the selection bias, which
     never enters the weights), limited to the best ``top_groups`` of ``num_groups`` groups. Weights are the selected scores,
-    divided by their sum where ``renormalize``, times ``scaling``.
+    divided by their sum (plus ``renormalize_epsilon``) where ``renormalize``, times ``scaling``.
+
+    A group's score is the sum of its two best selection scores (DeepSeek-V3, arXiv 2412.19437).
     """
 
     scoring: Literal["softmax", "sigmoid"]
@@ -41,11 +53,21 @@ class RouterSpec:
     selection_bias: bool = False
     num_groups: int = 1
     top_groups: int = 1
+    renormalize_epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
 class MoESpec:
-    """A routed mixture-of-experts MLP."""
+    """A routed mixture-of-experts MLP.
+
+    Shared experts are experts that every token takes with weight 1. They stand behind the routed ones: ids ``num_experts`` to
+    ``total_experts - 1``, in slots ``top_k`` to ``num_slots - 1``. A shared MLP of width ``S * intermediate_size`` is exactly S
+    of them, since a gated MLP is a sum over its intermediate channels.
+
+    Attributes:
+        num_experts, top_k: routed experts, and how many of them a token takes.
+        num_shared_experts: S.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -54,6 +76,16 @@ class MoESpec:
     router: RouterSpec
     activation: Literal["silu_glu"] = "silu_glu"
     num_shared_experts: int = 0
+
+    @property
+    def total_experts(self) -> int:
+        """Routed and shared experts."""
+        return self.num_experts + self.num_shared_experts
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that each token takes, routed and shared."""
+        return self.top_k + self.num_shared_experts
 
 
 @dataclass(frozen=True)
@@ -75,18 +107,86 @@ class GqaSpec:
     qk_norm: bool
     bias: bool = False
 
+    @property
+    def key_head_dim(self) -> int:
+        """Size of a cached key."""
+        return self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a cached value."""
+        return self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True)
+class MlaSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), used here with its keys and values expanded.
+
+    Queries have ``qk_nope_head_dim`` channels without and, after them, ``qk_rope_head_dim`` channels with rotary embedding. Keys
+    and values come from a normed latent of ``kv_lora_rank`` channels; one rotated key part is shared by all heads.
+
+    Attributes:
+        q_lora_rank: rank of the queries' own latent; None where they are projected directly.
+        rope_interleaved: whether rotary channels lie in pairs (x0, x1), (x2, x3), ... instead of halves.
+        latent_norm_eps: of the latents' RMS norms, which do not use the model's epsilon.
+    """
+
+    num_heads: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    kv_lora_rank: int
+    q_lora_rank: int | None = None
+    rope_interleaved: bool = True
+    latent_norm_eps: float = 1e-6
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of the expanded keys and values."""
+        return self.num_heads
+
+    @property
+    def key_head_dim(self) -> int:
+        """Size of a cached key."""
+        return self.qk_head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a cached value."""
+        return self.v_head_dim
+
+    @property
+    def scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return self.qk_head_dim**-0.5
+
+
+AttentionSpec = GqaSpec | MlaSpec
+
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding over three axes (temporal, height, width).
+    """Rotary embedding.
 
-    ``sections`` are the frequencies that each axis owns (sum ``head_dim / 2``); interleaved means T H W T H W ... order
-    instead of contiguous chunks (Qwen3-VL).
+    Attributes:
+        kind: ``rope``: a token's place in the sequence. ``mrope_interleaved`` (Qwen3-VL): three axes (temporal, height, width)
+            that own frequencies in the order T H W T H W ...
+        sections: frequencies that each axis owns (sum ``head_dim / 2``); empty for ``rope``.
+        head_dim: channels of a head that are rotated.
     """
 
-    kind: Literal["mrope_interleaved"]
+    kind: Literal["mrope_interleaved", "rope"]
     theta: float
-    sections: tuple[int, int, int]
+    sections: tuple[int, ...]
     head_dim: int
 
 
@@ -95,13 +195,19 @@ class DecoderLayerSpec:
     """One decoder layer: RMS norm, attention, residual, RMS norm, MLP, residual."""
 
     index: int
-    attention: GqaSpec
+    attention: AttentionSpec
     mlp: MoESpec | DenseMlpSpec
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """The vision tower's interface: sizes that the host side needs to prepare its inputs."""
+    """The vision tower's interface: sizes that the host side needs to prepare its inputs.
+
+    Attributes:
+        num_position_embeddings: entries of the learned square position table.
+        position_interpolation: how the table is resampled: ``bilinear`` with aligned corners, or ``bicubic`` without.
+        patch_order: of the processor's patches: ``merge_block`` (those that are merged are adjacent) or ``raster``.
+    """
 
     hidden_size: int
     num_layers: int
@@ -113,6 +219,8 @@ class VisionSpec:
     out_hidden_size: int
     num_position_embeddings: int
     deepstack_layers: tuple[int, ...]
+    position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    patch_order: Literal["merge_block", "raster"] = "merge_block"
 
     @property
     def patch_features(self) -> int:
@@ -124,7 +232,8 @@ class VisionSpec:
 class ModelSpec:
     """A vision-language model with a mixture-of-experts decoder.
 
-    The first ``len(vision.deepstack_layers)`` decoder layers each add one dense DeepStack feature tensor to their output.
+    The first ``len(vision.deepstack_layers)`` decoder layers each add one dense DeepStack feature tensor to their output. Token
+    ids that the config does not name are None.
     """
 
     family: str
@@ -137,9 +246,9 @@ class ModelSpec:
     layers: tuple[DecoderLayerSpec, ...]
     vision: VisionSpec
     image_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
-    video_token_id: int
+    vision_start_token_id: int | None
+    vision_end_token_id: int | None
+    video_token_id: int | None
 
     @property
     def num_layers(self) -> int:
@@ -149,6 +258,11 @@ class ModelSpec:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts."""
         return tuple(layer.index for layer in self.layers if isinstance(layer.mlp, MoESpec))
+
+    @property
+    def num_shared_experts(self) -> int:
+        """Shared experts of each routed layer; 0 where no layer is routed."""
+        return max((layer.mlp.num_shared_experts for layer in self.layers if isinstance(layer.mlp, MoESpec)), default=0)
 
     @property
     def num_deepstack(self) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ecmfq_export.models import torch_math
 from ecmfq_export.models.inputs import DecoderInputs
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
-from ecmfq_export.models.spec import DecoderLayerSpec, MoESpec
+from ecmfq_export.models.spec import DecoderLayerSpec, GqaSpec, MlaSpec, MoESpec
 from ecmfq_export.models.torch_math import Dispatch, IntegerWeight, Routing, quantized_grouped_linear, quantized_linear
 from ecmfq_export.quant.activation import quantize_per_token
 from ecmfq_export.quant.qtensor import QTensor
@@ -23,7 +23,7 @@ from ecmfq_export.quant.qtensor import QTensor
 
 @dataclass
 class LayerCache:
-    """Keys (rotated) and values of one layer, [B, kv_heads, S_kv, head_dim]; grows by what each call appends."""
+    """Keys (rotated) and values of one layer, [B, kv_heads, S_kv, key_head_dim or value_head_dim]; grows by what each call appends."""
 
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
@@ -75,7 +75,7 @@ class DecoderLayer:
     __call__ = forward
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What q, k and v projections read: the input norm's output [B, S, hidden]."""
+        """What the attention's first projections read: the input norm's output [B, S, hidden]."""
         return torch_math.rms_norm(hidden, self.tensors["input_layernorm.weight"], self.eps)
 
     def attend(
@@ -90,7 +90,7 @@ class DecoderLayer:
         """Attention on normed x [B, S, hidden].
 
         Args:
-            cos, sin: [B, S, head_dim].
+            cos, sin: [B, S, rotated channels of a head].
             mask: additive [B, 1, S, S_kv].
             cache: earlier positions; new ones are appended to it.
             need_weights: also return the probabilities.
@@ -109,16 +109,46 @@ class DecoderLayer:
         mask: torch.Tensor,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the output projection reads, [B, S, heads * head_dim], and the probabilities; arguments as :meth:`attend`."""
+        """What the output projection reads, [B, S, heads * value_head_dim], and the probabilities; arguments as :meth:`attend`."""
         spec = self.spec.attention
-        query, key, value = (self._heads(self.linear(x, f"self_attn.{name}_proj")) for name in "qkv")
-        if spec.qk_norm:
-            query = torch_math.rms_norm(query, self.tensors["self_attn.q_norm.weight"], self.eps)
-            key = torch_math.rms_norm(key, self.tensors["self_attn.k_norm.weight"], self.eps)
-        query, key = torch_math.rotate(query, cos, sin), torch_math.rotate(key, cos, sin)
+        query, key, value = self._gqa(x, cos, sin, spec) if isinstance(spec, GqaSpec) else self._mla(x, cos, sin, spec)
         if cache is not None:
             key, value = cache.append(key, value)
         return torch_math.attention(query, key, value, mask, spec)
+
+    def q_latent(self, x: torch.Tensor) -> torch.Tensor:
+        """What q_b_proj reads (MLA with ``q_lora_rank``), [B, S, q_lora_rank], for normed x [B, S, hidden]."""
+        eps = self._latent_spec().latent_norm_eps
+        return torch_math.rms_norm(self.linear(x, "self_attn.q_a_proj"), self.tensors["self_attn.q_a_norm.weight"], eps)
+
+    def kv_latent(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What kv_b_proj reads (MLA), [B, S, kv_lora_rank], and the unrotated shared key part [B, S, qk_rope_head_dim]."""
+        spec = self._latent_spec()
+        latent, rope = self.linear(x, "self_attn.kv_a_proj").split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
+        return torch_math.rms_norm(latent, self.tensors["self_attn.kv_a_norm.weight"], spec.latent_norm_eps), rope
+
+    def _gqa(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: GqaSpec) -> tuple[torch.Tensor, ...]:
+        query, key, value = (_heads(self.linear(x, f"self_attn.{name}_proj"), spec.head_dim) for name in "qkv")
+        if spec.qk_norm:
+            query = torch_math.rms_norm(query, self.tensors["self_attn.q_norm.weight"], self.eps)
+            key = torch_math.rms_norm(key, self.tensors["self_attn.k_norm.weight"], self.eps)
+        return torch_math.rotate(query, cos, sin), torch_math.rotate(key, cos, sin), value
+
+    def _mla(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: MlaSpec) -> tuple[torch.Tensor, ...]:
+        if spec.q_lora_rank is None:
+            query = self.linear(x, "self_attn.q_proj")
+        else:
+            query = self.linear(self.q_latent(x), "self_attn.q_b_proj")
+        latent, key_rope = self.kv_latent(x)
+        query_nope, query_rope = _heads(query, spec.qk_head_dim).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], -1)
+        expanded = _heads(self.linear(latent, "self_attn.kv_b_proj"), spec.qk_nope_head_dim + spec.v_head_dim)
+        key_nope, value = expanded.split([spec.qk_nope_head_dim, spec.v_head_dim], -1)
+        rope = (query_rope, key_rope.unsqueeze(1))
+        if spec.rope_interleaved:
+            rope = tuple(torch_math.pairs_to_halves(part) for part in rope)
+        query_rope, key_rope = (torch_math.rotate(part, cos, sin) for part in rope)
+        key_rope = key_rope.expand(-1, spec.num_heads, -1, -1)
+        return torch.cat((query_nope, query_rope), -1), torch.cat((key_nope, key_rope), -1), value
 
     def moe_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What router and experts (or the dense MLP) read: the second norm's output [B, S, hidden]."""
@@ -136,10 +166,10 @@ class DecoderLayer:
         """Routing of tokens x [T, hidden]."""
         mlp = self._moe()
         bias = self.tensors.get("mlp.router.selection_bias")
-        return torch_math.route(x, self.tensors["mlp.router.weight"], mlp.router, mlp.top_k, bias)
+        return torch_math.route(x, self.tensors["mlp.router.weight"], mlp.router, mlp.top_k, bias, mlp.num_shared_experts)
 
     def experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The routed experts' weighted sum on tokens x [T, hidden] to [T, hidden].
+        """The weighted sum of routed and shared experts on tokens x [T, hidden] to [T, hidden].
 
         Quantized weights compute what docs/graph.md says of ``EcmfqRoutedMoE``: x quantized once a token, the intermediate once a
         row, integer products, slots summed in ascending order.
@@ -150,10 +180,10 @@ class DecoderLayer:
 
     def dispatch(self, routing: Routing) -> Dispatch:
         """The routed pairs sorted by expert."""
-        return torch_math.dispatch(routing.topk_ids, self._moe().num_experts)
+        return torch_math.dispatch(routing.topk_ids, self._moe().total_experts)
 
     def expert_intermediate(self, x: torch.Tensor, where: Dispatch) -> torch.Tensor:
-        """What down_proj reads: ``silu(gate) * up`` [T * top_k, intermediate], rows as in `where`, for tokens x [T, hidden]."""
+        """What down_proj reads: ``silu(gate) * up`` [T * num_slots, intermediate], rows as in `where`, for tokens x [T, hidden]."""
         name = "mlp.experts.gate_up_proj"
         if name in self.quantized:
             qx, scale = quantize_per_token(x)
@@ -164,7 +194,7 @@ class DecoderLayer:
         return F.silu(gate) * up
 
     def expert_down(self, inner: torch.Tensor, where: Dispatch) -> torch.Tensor:
-        """Each pair's expert output [T * top_k, hidden], rows as in `where`."""
+        """Each pair's expert output [T * num_slots, hidden], rows as in `where`."""
         name = "mlp.experts.down_proj"
         if name in self.quantized:
             qx, scale = quantize_per_token(inner)
@@ -190,13 +220,19 @@ class DecoderLayer:
             kept = self._widened[name] = (weight, IntegerWeight.of(weight))
         return kept[1]
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.spec.attention.head_dim)).transpose(1, 2)
+    def _latent_spec(self) -> MlaSpec:
+        if not isinstance(self.spec.attention, MlaSpec):
+            raise ValueError(f"layer {self.spec.index} has no latent attention")
+        return self.spec.attention
 
     def _moe(self) -> MoESpec:
         if not isinstance(self.spec.mlp, MoESpec):
             raise ValueError(f"layer {self.spec.index} is dense")
         return self.spec.mlp
+
+
+def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def load_layer(model: MoEVLM, index: int, dtype: torch.dtype = torch.float32) -> DecoderLayer:

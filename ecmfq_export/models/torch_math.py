@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ecmfq_export.errors import UnsupportedError
-from ecmfq_export.models.spec import GqaSpec, RouterSpec
+from ecmfq_export.models.spec import AttentionSpec, RouterSpec
 from ecmfq_export.quant.activation import quantize_per_token
 from ecmfq_export.quant.qtensor import GROUP, QTensor, grid_limit
 
@@ -27,8 +26,8 @@ class Routing:
     Attributes:
         logits: [T, num_experts].
         scores: float32 [T, num_experts], ``scoring(logits)``.
-        topk_ids: int64 [T, top_k], by descending score (plus selection bias).
-        topk_weights: float32 [T, top_k], what each expert's output is multiplied by.
+        topk_ids: int64 [T, num_slots], routed experts by descending score (plus selection bias), then the shared ones.
+        topk_weights: float32 [T, num_slots], what each expert's output is multiplied by.
     """
 
     logits: torch.Tensor
@@ -39,14 +38,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Routed (token, slot) pairs sorted by expert; a row is one pair, T · top_k of them.
+    """Routed (token, slot) pairs sorted by expert; a row is one pair, T · num_slots of them.
 
     Attributes:
         token: int64 [rows], the token of each row.
         slot: int64 [rows], its slot in ``topk_ids``.
         expert: int64 [rows], ascending; equal experts keep token order.
-        offsets: int64 [num_experts + 1]; expert ``e`` owns rows ``offsets[e]`` to ``offsets[e + 1]``.
-        inverse: int64 [rows], the row of pair ``token * top_k + slot``.
+        offsets: int64 [total_experts + 1]; expert ``e`` owns rows ``offsets[e]`` to ``offsets[e + 1]``.
+        inverse: int64 [rows], the row of pair ``token * num_slots + slot``.
     """
 
     token: torch.Tensor
@@ -69,50 +68,72 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
+def pairs_to_halves(x: torch.Tensor) -> torch.Tensor:
+    """Channels (x0, x1), (x2, x3), ... in the order that :func:`rotate` takes: x0 x2 ... x1 x3 ..."""
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, spec: GqaSpec
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention of [B, heads, S, head_dim] over [B, kv_heads, S_kv, head_dim].
+    """Softmax attention of [B, heads, S, key_head_dim] over [B, kv_heads, S_kv, key_head_dim].
 
     Args:
+        value: [B, kv_heads, S_kv, value_head_dim].
         mask: additive [B, 1, S, S_kv].
 
     Returns:
-        context [B, S, heads * head_dim] and probabilities [B, heads, S, S_kv].
+        context [B, S, heads * value_head_dim] and probabilities [B, heads, S, S_kv].
     """
     batch, heads, length, head_dim = query.shape
     # Query heads of one key/value head become rows of one product, so that keys and values are not repeated in memory.
     grouped = query.reshape(batch, spec.num_kv_heads, -1, head_dim)
-    logits = torch.matmul(grouped, key.transpose(2, 3)) * head_dim**-0.5
+    logits = torch.matmul(grouped, key.transpose(2, 3)) * spec.scale
     logits = logits.view(batch, heads, length, -1) + mask
     probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    context = torch.matmul(probs.view(*grouped.shape[:-1], -1), value).view(batch, heads, length, head_dim)
+    context = torch.matmul(probs.view(*grouped.shape[:-1], -1), value).view(batch, heads, length, value.shape[-1])
     return context.transpose(1, 2).reshape(batch, length, -1), probs
 
 
 def route(
-    x: torch.Tensor, weight: torch.Tensor, spec: RouterSpec, top_k: int, selection_bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, spec: RouterSpec, top_k: int, selection_bias: torch.Tensor | None = None,
+    num_shared: int = 0,
 ) -> Routing:
     """Route tokens x [T, hidden] by router weight [num_experts, hidden].
 
-    Raises:
-        UnsupportedError: group-limited selection.
+    Args:
+        selection_bias: [num_experts], added to the scores for the selection only.
+        num_shared: experts that every token takes with weight 1; their ids follow the routed ones'.
     """
-    if spec.num_groups != 1:
-        raise UnsupportedError(f"group-limited routing (num_groups = {spec.num_groups}) is not supported")
     logits = F.linear(x, weight)
     wide = logits.float()
     scores = torch.softmax(wide, dim=-1) if spec.scoring == "softmax" else torch.sigmoid(wide)
     choice = scores if selection_bias is None else scores + selection_bias.float()
+    if spec.num_groups > 1:
+        choice = limit_groups(choice, spec)
     topk_ids = torch.topk(choice, top_k, dim=-1).indices
     topk_weights = scores.gather(-1, topk_ids)
     if spec.renormalize:
-        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-    return Routing(logits, scores, topk_ids, topk_weights * spec.scaling if spec.scaling != 1.0 else topk_weights)
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + spec.renormalize_epsilon)
+    if spec.scaling != 1.0:
+        topk_weights = topk_weights * spec.scaling
+    if num_shared:
+        shared = torch.arange(len(weight), len(weight) + num_shared).expand(len(x), num_shared)
+        topk_ids = torch.cat((topk_ids, shared), -1)
+        topk_weights = torch.cat((topk_weights, topk_weights.new_ones(len(x), num_shared)), -1)
+    return Routing(logits, scores, topk_ids, topk_weights)
+
+
+def limit_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """Selection scores [T, num_experts], -inf outside the ``top_groups`` groups with the largest sum of two best scores."""
+    grouped = choice.unflatten(-1, (spec.num_groups, -1))
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(spec.top_groups, dim=-1).indices
+    inside = torch.zeros(grouped.shape[:-1], dtype=torch.bool).scatter_(-1, best, True)
+    return grouped.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def dispatch(topk_ids: torch.Tensor, num_experts: int) -> Dispatch:
-    """Sort the pairs of topk_ids [T, top_k] by expert."""
+    """Sort the pairs of topk_ids [T, num_slots] by expert; `num_experts` counts shared ones too."""
     flat = topk_ids.reshape(-1)
     expert, order = torch.sort(flat, stable=True)
     inverse = torch.empty_like(order)
@@ -140,12 +161,12 @@ def _padded_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
 
 
 def combine(rows: torch.Tensor, where: Dispatch, topk_weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of the experts' outputs, rows [T * top_k, hidden] to [T, hidden], in ascending slot order."""
-    tokens, top_k = topk_weights.shape
-    slots = rows[where.inverse].view(tokens, top_k, rows.shape[-1])
+    """Weighted sum of the experts' outputs, rows [T * num_slots, hidden] to [T, hidden], in ascending slot order."""
+    tokens, num_slots = topk_weights.shape
+    slots = rows[where.inverse].view(tokens, num_slots, rows.shape[-1])
     weights = topk_weights.to(rows.dtype)
     total = slots[:, 0] * weights[:, 0, None]
-    for slot in range(1, top_k):
+    for slot in range(1, num_slots):
         total = total + slots[:, slot] * weights[:, slot, None]
     return total
 

@@ -115,11 +115,16 @@ class Objective:
         return float((1.0 - THETA) * (ratios * omega).sum() / omega.sum() + THETA * tail)
 
 
-def expert_importance(mass: torch.Tensor) -> torch.Tensor:
+def expert_importance(mass: torch.Tensor, num_shared: int = 0) -> torch.Tensor:
     """omega_e from the routed score mass [E, 2] (text, vision): sum over modalities of the square root of the expert's share,
-    normalized, floored at ``0.1 / E``; float32 [E], sum 1."""
+    normalized, floored at ``0.1 / E``; float32 [E + S], sum 1.
+
+    Args:
+        num_shared: S experts behind the routed ones that every token takes: their share is 1.
+    """
     share = mass.double() / mass.double().sum(0, keepdim=True).clamp_min(1e-30)
+    share = torch.cat((share, share.new_ones(num_shared, share.shape[1])))
     omega = share.sqrt().sum(1)
-    floor = 0.1 / len(mass)
+    floor = 0.1 / len(share)
     omega = (omega / omega.sum().clamp_min(1e-30)).clamp_min(floor)
     return (omega / omega.sum()).float()

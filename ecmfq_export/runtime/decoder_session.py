@@ -211,7 +211,7 @@ class DecoderSession:
         types[np.arange(ids.shape[1]) >= lengths[:, None]] = 0
         grids = [s.image_grid_thw for s in samples if s.image_grid_thw is not None]
         positions, deltas = host.decoder_positions(
-            types, lengths, np.concatenate(grids) if grids else None, self.spec.vision.spatial_merge_size
+            types, lengths, np.concatenate(grids) if grids else None, self.spec.vision.spatial_merge_size, self.spec.rope.kind
         )
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
@@ -281,7 +281,8 @@ class DecoderSession:
                 stop += 1
             count = int(sizes[start:stop].sum())
             feeds = host.vision_inputs(grids[start:stop], self.spec.vision, self.dtype)
-            feeds["patches"] = patches[at : at + count].astype(self.dtype)
+            ordered = host.merge_block_order(patches[at : at + count], grids[start:stop], self.spec.vision)
+            feeds["patches"] = ordered.astype(self.dtype)
             outputs = self._vision.run(feeds)
             parts.append([outputs[name] for name in names])
             start, at = stop, at + count

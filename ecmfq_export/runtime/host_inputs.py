@@ -3,11 +3,11 @@
 The graphs hold no data-dependent shapes, no position logic and no image-grid logic; all of it is here, equal to transformers'
 ``get_rope_index``, ``Qwen3VLMoeTextRotaryEmbedding`` and ``vision_utils`` (5.23), and tested against them.
 
-Vision graph inputs (``num_patches`` = all patches of all images, in the processor's merge-block order)::
+Vision graph inputs (``num_patches`` = all patches of all images, in merge-block order)::
 
-    patches           [num_patches, patch_features] T   the processor's pixel_values
-    interp_indices    [num_patches, 4] int64            rows of the learned position table, bilinear taps
-    interp_weights    [num_patches, 4] T                their weights
+    patches           [num_patches, patch_features] T   the processor's pixel_values, see :func:`merge_block_order`
+    interp_indices    [num_patches, taps] int64         rows of the learned position table: 4 bilinear taps, or 16 bicubic ones
+    interp_weights    [num_patches, taps] T             their weights
     rope_positions    [num_patches, 2] int64            row and column of each patch in its image
     segment_ids       [num_patches] int64               which frame a patch belongs to; attention stays inside a frame
 
@@ -34,7 +34,7 @@ class RopeLike(Protocol):
 
     kind: str
     theta: float
-    sections: tuple[int, int, int]
+    sections: tuple[int, ...]
     head_dim: int
 
 
@@ -43,6 +43,8 @@ class VisionLike(Protocol):
 
     spatial_merge_size: int
     num_position_embeddings: int
+    position_interpolation: str
+    patch_order: str
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,19 @@ class HostRope:
 
     kind: str
     theta: float
-    sections: tuple[int, int, int]
+    sections: tuple[int, ...]
     head_dim: int
 
 
 @dataclass(frozen=True)
 class HostVision:
-    """The vision tower's sizes as ``runtime.json`` states them."""
+    """The vision tower's sizes as ``runtime.json`` states them; see models.spec.VisionSpec."""
 
     spatial_merge_size: int
     num_position_embeddings: int
     patch_features: int
+    position_interpolation: str = "bilinear"
+    patch_order: str = "merge_block"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class HostSpec:
             rope, vision = runtime["rope"], runtime["vision"]
             return cls(
                 HostRope(rope["kind"], float(rope["theta"]), tuple(rope["sections"]), int(rope["head_dim"])),
-                HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features"))),
+                HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features")),
+                           str(vision["position_interpolation"]), str(vision["patch_order"])),
                 int(runtime["num_deepstack"]),
                 int(runtime["max_seq_len"]),
                 np.dtype(runtime["dtype"]),
@@ -100,18 +105,21 @@ def token_types(input_ids: np.ndarray, image_token_id: int) -> np.ndarray:
 
 
 def decoder_positions(
-    types: np.ndarray, lengths: Sequence[int] | np.ndarray, image_grid_thw: np.ndarray | None, spatial_merge_size: int
+    types: np.ndarray, lengths: Sequence[int] | np.ndarray, image_grid_thw: np.ndarray | None, spatial_merge_size: int,
+    rope_kind: str = "mrope_interleaved",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions on the three MRoPE axes, as transformers' ``get_rope_index`` gives them for a right-padded batch.
 
     Text advances all axes together; an image holds the temporal axis still, spreads rows and columns over the other two and
-    advances by the larger side.
+    advances by the larger side. With plain rotary embedding (``rope_kind = "rope"``) every token, of text or image, advances all
+    axes by one.
 
     Args:
         types: [batch, seq], 0 text and 1 image (padding is ignored).
         lengths: [batch], tokens that are not padding.
         image_grid_thw: [num_images, 3] in patches, every image of the batch in order; None without images.
         spatial_merge_size: patches along a merged patch's side.
+        rope_kind: as models.spec.RopeSpec.kind.
 
     Returns:
         positions [3, batch, seq] int64 (0 at padding), deltas [batch] int64: the position of the token after the prompt is
@@ -137,7 +145,7 @@ def decoder_positions(
             while at < end and types[row, at] != 0:
                 if used == len(grids):
                     raise UserError(f"prompt {row} has image tokens for more than the {len(grids)} images given")
-                block, advance = _image_positions(grids[used], spatial_merge_size)
+                block, advance = _image_positions(grids[used], spatial_merge_size, rope_kind)
                 stop = at + block.shape[1]
                 if stop > end:
                     raise UserError(
@@ -160,8 +168,11 @@ def _run_end(types: np.ndarray, start: int, length: int) -> int:
     return start + int(changes[0]) if len(changes) else length
 
 
-def _image_positions(grid: np.ndarray, merge: int) -> tuple[np.ndarray, int]:
+def _image_positions(grid: np.ndarray, merge: int, rope_kind: str) -> tuple[np.ndarray, int]:
     frames, rows, columns = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+    if rope_kind == "rope":
+        count = frames * rows * columns
+        return np.broadcast_to(np.arange(count), (3, count)), count
     return np.indices((frames, rows, columns)).reshape(3, -1), max(rows, columns)
 
 
@@ -174,7 +185,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
-    frequencies, then T. The other half of head_dim repeats the same angles, which RotaryEmbedding does by itself.
+    frequencies, then T; without sections the first axis owns all. The other half of head_dim repeats the same angles, which
+    RotaryEmbedding does by itself.
 
     Args:
         rope: kind, theta, sections and head_dim.
@@ -185,13 +197,14 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
         UserError: an unknown kind or sections that do not add up.
     """
     half = rope.head_dim // 2
-    if rope.kind != "mrope_interleaved":
-        raise UserError(f"rotary embedding '{rope.kind}' is not supported", "supported: mrope_interleaved")
-    if sum(rope.sections) != half:
-        raise UserError(f"rope sections {list(rope.sections)} sum to {sum(rope.sections)}, head_dim / 2 is {half}")
+    if rope.kind not in ("mrope_interleaved", "rope"):
+        raise UserError(f"rotary embedding '{rope.kind}' is not supported", "supported: mrope_interleaved, rope")
     axis = np.zeros(half, np.int64)
-    for which in (1, 2):
-        axis[which : rope.sections[which] * 3 : 3] = which
+    if rope.kind == "mrope_interleaved":
+        if sum(rope.sections) != half:
+            raise UserError(f"rope sections {list(rope.sections)} sum to {sum(rope.sections)}, head_dim / 2 is {half}")
+        for which in (1, 2):
+            axis[which : rope.sections[which] * 3 : 3] = which
     exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
     # float64 rounded once: the correctly rounded frequency, which float32 powers miss by an ulp.
     inverse = (1.0 / (rope.theta ** exponent.astype(np.float64)).astype(np.float32)).astype(np.float32)
@@ -245,11 +258,14 @@ def scatter_features(types: np.ndarray, features: np.ndarray, base: np.ndarray |
 def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtype | type = np.float32) -> dict[str, np.ndarray]:
     """Every input of the vision graph but ``patches``, for all images of `image_grid_thw` [num_images, 3] in one call.
 
-    The learned square position table is resampled bilinearly with aligned corners; see the module's table for shapes.
+    The learned square position table is resampled as ``vision.position_interpolation`` says; see the module's table for shapes.
 
     Raises:
-        UserError: a grid that merge_size does not divide, or a table that is no square.
+        UserError: a grid that merge_size does not divide, a table that is no square, or an unknown interpolation.
     """
+    if vision.position_interpolation not in _AXIS_TAPS:
+        raise UserError(f"position interpolation '{vision.position_interpolation}'", f"supported: {', '.join(_AXIS_TAPS)}")
+    axis_taps = _AXIS_TAPS[vision.position_interpolation]
     merge, side = vision.spatial_merge_size, round(vision.num_position_embeddings**0.5)
     if side * side != vision.num_position_embeddings:
         raise UserError(f"num_position_embeddings = {vision.num_position_embeddings} is no square")
@@ -258,12 +274,11 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
     for frames, rows, columns in np.asarray(image_grid_thw, np.int64).reshape(-1, 3).tolist():
         if frames < 1 or rows < 1 or columns < 1 or rows % merge or columns % merge:
             raise UserError(f"image grid {[frames, rows, columns]} is not made of {merge} x {merge} patch blocks")
-        grid = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
-        place = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
-        row_taps, row_weights = _taps(place[:, 0], rows, side)
-        column_taps, column_weights = _taps(place[:, 1], columns, side)
-        taps = (row_taps[:, :, None] * side + column_taps[:, None, :]).reshape(-1, 4)
-        weight = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(-1, 4)
+        place = _merge_blocks(np.indices((rows, columns)).reshape(2, -1).T, rows, columns, merge)
+        row_taps, row_weights = axis_taps(place[:, 0], rows, side)
+        column_taps, column_weights = axis_taps(place[:, 1], columns, side)
+        taps = (row_taps[:, :, None] * side + column_taps[:, None, :]).reshape(len(place), -1)
+        weight = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(len(place), -1)
         indices.append(np.tile(taps, (frames, 1)))
         weights.append(np.tile(weight, (frames, 1)))
         places.append(np.tile(place, (frames, 1)))
@@ -279,11 +294,46 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
     }
 
 
-def _taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two taps [n, 2] and their float32 weights along one axis, in transformers' order of operations."""
+def merge_block_order(patches: np.ndarray, image_grid_thw: np.ndarray, vision: VisionLike) -> np.ndarray:
+    """The processor's patches [num_patches, ...] in merge-block order: those that are merged into one token are adjacent."""
+    if vision.patch_order == "merge_block":
+        return patches
+    parts, start = [], 0
+    for frames, rows, columns in np.asarray(image_grid_thw, np.int64).reshape(-1, 3).tolist():
+        for _ in range(frames):
+            stop = start + rows * columns
+            parts.append(_merge_blocks(patches[start:stop], rows, columns, vision.spatial_merge_size))
+            start = stop
+    return np.concatenate(parts)
+
+
+def _merge_blocks(values: np.ndarray, rows: int, columns: int, merge: int) -> np.ndarray:
+    """values [rows * columns, ...] of one frame from raster to merge-block order."""
+    blocks = values.reshape(rows // merge, merge, columns // merge, merge, *values.shape[1:])
+    return blocks.swapaxes(1, 2).reshape(values.shape)
+
+
+def _bilinear_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two taps [n, 2] and their float32 weights along one axis, corners aligned, in transformers' order of operations."""
     source = index.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
     floor = np.floor(source)
     offsets = np.arange(2)
     taps = np.clip(floor.astype(np.int64)[:, None] + offsets, 0, side - 1)
     distance = np.abs(source[:, None] - floor[:, None] - offsets.astype(np.float32))
     return taps, np.maximum(np.float32(1) - distance, np.float32(0)).astype(np.float32)
+
+
+def _bicubic_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Four taps [n, 4] and their float32 weights along one axis, corners not aligned: the Keys kernel with a = -0.75."""
+    source = (index.astype(np.float32) + np.float32(0.5)) * np.float32(side) / np.float32(size) - np.float32(0.5)
+    floor = np.floor(source)
+    offsets = np.arange(-1, 3)
+    taps = np.clip(floor.astype(np.int64)[:, None] + offsets, 0, side - 1)
+    x = np.abs((source - floor)[:, None] - offsets.astype(np.float32))
+    a = np.float32(-0.75)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return taps, np.where(x <= 1, near, far).astype(np.float32)
+
+
+_AXIS_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps}

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from ecmfq_export.errors import CheckpointError, UserError
-from ecmfq_export.runtime.images import PREPROCESSOR_CONFIG, ImageInput, ImagePreprocessor
+from ecmfq_export.runtime.images import ImageInput
+from ecmfq_export.runtime.preprocessors import PREPROCESSOR_CONFIG, load_preprocessor
 from ecmfq_export.runtime.sample import ProcessedSample
-
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 PROCESSOR_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -35,15 +34,15 @@ class Processor:
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        UnsupportedError: another image processor than Qwen2-VL's (which Qwen3-VL uses).
+        UnsupportedError: an image processor that is not known, see runtime/preprocessors.py.
     """
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.tokenizer = _load_tokenizer(self.directory)
-        self._images = ImagePreprocessor(self.directory)
+        self._images = load_preprocessor(self.directory)
         self.merge_size = self._images.merge_size
-        self.image_token_id = self._special(IMAGE_TOKEN)
+        self.image_token_id = self._special(self._images.image_token)
         self.eos_token_ids = self._read_eos()
 
     def sample(self, text: str, images: Sequence[ImageInput] = (), answer: str | None = None) -> ProcessedSample:
@@ -79,7 +78,7 @@ class Processor:
         Raises:
             UserError: a placeholder token in the text.
         """
-        for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+        for token in self._images.reserved_tokens:
             if token in text or (answer is not None and token in answer):
                 raise UserError(
                     f"the text contains the placeholder {token}", "give images separately; the template places them"
@@ -100,10 +99,10 @@ class Processor:
             )
         except Exception as error:  # jinja2 raises many kinds; all of them are the template's fault
             raise CheckpointError(f"the chat template of {self.directory} fails: {error}") from None
-        found = rendered.count(IMAGE_TOKEN)
+        found = rendered.count(self._images.image_token)
         if found != num_images:
             raise CheckpointError(
-                f"the chat template of {self.directory} placed {found} x {IMAGE_TOKEN} for {num_images} images"
+                f"the chat template of {self.directory} placed {found} x {self._images.image_token} for {num_images} images"
             )
         return rendered
 

@@ -136,23 +136,28 @@ def _tally_routing(tally: _Tally, place: int, layer: DecoderLayer, routing: Rout
     for modality in (0, 1):
         inside = ((batch.types.flatten() == modality) & valid).unsqueeze(1)
         tally.mass[batch.samples, place, :, modality] = (mass * inside).view(size, length, -1).sum(1)
-    routed = torch.zeros_like(mass).scatter_(1, routing.topk_ids, 1.0) * valid.unsqueeze(1)
+    # Shared experts take every token: they say nothing of a sample.
+    routed = torch.zeros_like(mass).scatter_(1, routing.topk_ids[:, : _moe(layer).top_k], 1.0) * valid.unsqueeze(1)
     tally.tokens[batch.samples, place] = routed.view(size, length, -1).sum(1).long()
 
 
 def potential_mass(routing: Routing, layer: DecoderLayer) -> torch.Tensor:
-    """Router scores of the 2k best experts of each token, others 0: float32 [T, E] ("potentially activated" experts)."""
-    mlp = layer.spec.mlp
-    assert isinstance(mlp, MoESpec)
+    """Router scores of the 2k best routed experts of each token, others 0: float32 [T, E] ("potentially activated" experts)."""
+    mlp = _moe(layer)
     best = routing.scores.topk(min(2 * mlp.top_k, mlp.num_experts), dim=-1)
     return torch.zeros_like(routing.scores).scatter_(1, best.indices, best.values)
 
 
 def routed_mass(routing: Routing, layer: DecoderLayer, types: torch.Tensor) -> torch.Tensor:
-    """Score mass an expert gets from text and from vision tokens, float32 [E, 2]; `types` is [T]."""
+    """Score mass a routed expert gets from text and from vision tokens, float32 [E, 2]; `types` is [T]."""
     mass = potential_mass(routing, layer)
     vision = (types == VISION).float().unsqueeze(1)
     return torch.stack(((mass * (1 - vision)).sum(0), (mass * vision).sum(0)), -1)
+
+
+def _moe(layer: DecoderLayer) -> MoESpec:
+    assert isinstance(layer.spec.mlp, MoESpec)
+    return layer.spec.mlp
 
 
 def _channel_features(x: torch.Tensor, batch: Batch) -> torch.Tensor:

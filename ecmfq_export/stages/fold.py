@@ -3,10 +3,14 @@
 ====================  =====================  ==========================================
 scale                 divides                multiplies
 ====================  =====================  ==========================================
-attention_input [d]   input norm             columns of q, k, v
-value [kv * head]     rows (and bias) of v   columns of o, each head its group's scales
+attention_input [d]   input norm             columns of q, k, v (GQA); of q or q_a, and kv_a
+                                             (MLA)
+value [kv * head]     rows (and bias) of v   columns of o, each head its group's scales (GQA)
+value [heads * v]     value rows of kv_b     columns of o (MLA)
+q_latent [q rank]     norm of q's latent     columns of q_b (MLA)
+kv_latent [kv rank]   norm of kv's latent    columns of kv_b (MLA)
 moe_input [d]         second norm            columns of the router and of gate and up of
-                                             every expert
+                                             every expert, routed and shared
 down [E, I]           up rows of expert e    down columns of expert e
 ====================  =====================  ==========================================
 
@@ -19,22 +23,24 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ecmfq_export.errors import UnsupportedError
-from ecmfq_export.models.spec import GqaSpec, MoESpec
+from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
+from ecmfq_export.stages import attention_view
 
 
 @dataclass(frozen=True)
 class LayerScales:
     """Smoothing scales of one layer, float32, None where there is none; shapes as in the table above.
 
-    `down` is [1, I] for a dense MLP.
+    Those of the attention are named after its groups. `down` is [1, I] for a dense MLP.
     """
 
     attention_input: torch.Tensor | None = None
     value: torch.Tensor | None = None
     moe_input: torch.Tensor | None = None
     down: torch.Tensor | None = None
+    q_latent: torch.Tensor | None = None
+    kv_latent: torch.Tensor | None = None
 
     def named(self) -> dict[str, torch.Tensor]:
         """The scales that are there."""
@@ -42,41 +48,26 @@ class LayerScales:
         return {name: scale for name, scale in found.items() if scale is not None}
 
 
-def value_tie(spec: GqaSpec) -> torch.Tensor:
-    """Channel of v that each channel of the attention output comes from: int64 [heads * head_dim].
-
-    Heads of one key/value group read the same values, so their channels share a scale.
-    """
-    head = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
-    return (head.unsqueeze(1) * spec.head_dim + torch.arange(spec.head_dim)).flatten()
-
-
 def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
-    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared.
-
-    Raises:
-        UnsupportedError: always-on shared experts, which read the same norm.
-    """
+    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared."""
     tensors = dict(layer.tensors)
     mlp = layer.spec.mlp
-    if isinstance(mlp, MoESpec) and mlp.num_shared_experts:
-        raise UnsupportedError(f"{mlp.num_shared_experts} shared experts cannot be smoothed yet", "set smooth = false")
 
     def divide_rows(name: str, scale: torch.Tensor) -> None:
-        if name in tensors:
-            tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
+        tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
 
     def multiply_columns(name: str, scale: torch.Tensor) -> None:
         tensors[name] = tensors[name] * scale
 
-    if scales.attention_input is not None:
-        divide_rows("input_layernorm.weight", scales.attention_input)
-        for part in "qkv":
-            multiply_columns(f"self_attn.{part}_proj.weight", scales.attention_input)
-    if scales.value is not None:
-        divide_rows("self_attn.v_proj.weight", scales.value)
-        divide_rows("self_attn.v_proj.bias", scales.value)
-        multiply_columns("self_attn.o_proj.weight", scales.value[value_tie(layer.spec.attention)])
+    for group in attention_view.groups(layer.spec.attention):
+        scale = getattr(scales, group.name)
+        if scale is None:
+            continue
+        for name in group.producers:
+            if name in tensors:
+                divide_rows(name, _by_row(scale, group.rows, len(tensors[name])))
+        for name in group.weights:
+            multiply_columns(name, scale if group.tie is None else scale[group.tie])
     readers = ("mlp.router.weight", "mlp.experts.gate_up_proj") if isinstance(mlp, MoESpec) else (
         "mlp.gate_proj.weight", "mlp.up_proj.weight")
     if scales.moe_input is not None:
@@ -92,3 +83,8 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
             divide_rows("mlp.up_proj.weight", scales.down[0])
             multiply_columns("mlp.down_proj.weight", scales.down[0])
     return DecoderLayer(layer.spec, layer.eps, tensors, dict(layer.quantized))
+
+
+def _by_row(scale: torch.Tensor, rows: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The scale of each of `count` rows, 1 where a row makes no channel of it."""
+    return scale if rows is None else torch.ones(count).index_put((rows,), scale)

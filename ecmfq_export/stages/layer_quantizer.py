@@ -14,7 +14,8 @@ from ecmfq_export.quant.faq import FaqSettings, quantize_faq
 from ecmfq_export.quant.hessian import WeightedHessian
 from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.token_weights import Weighting, combine, cross_modal_scores, fusion_weight
-from ecmfq_export.stages import mlp_view
+from ecmfq_export.stages import attention_view, mlp_view
+from ecmfq_export.stages.attention_view import LinearGroup
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack
 
@@ -53,6 +54,7 @@ class LayerQuantizer:
     ) -> None:
         self._layer, self._index, self._rho, self._config = layer, index, rho, config
         self._train, self._heldout = train, heldout
+        self._groups = attention_view.groups(layer.spec.attention)
         self._attention: dict[Weighting, dict[str, QTensor]] = {}
         self._reference_pass()
 
@@ -104,7 +106,8 @@ class LayerQuantizer:
         for stream in (self._train, self._heldout):
             for batch in stream.batches:
                 hidden = stream.store.get(f"fp/{batch.index}")
-                context, probs = layer.attention_context(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
+                read, probs = attention_view.taps(layer, hidden, batch)
+                context = read[self._groups[-1].name]
                 middle = hidden + layer.linear(context, "self_attn.o_proj")
                 out = middle + layer.mlp(layer.moe_input(middle))
                 stream.store.put(f"fp.next/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
@@ -115,36 +118,20 @@ class LayerQuantizer:
                         stream.store.put(f"layer.{name}/{batch.index}", value)
 
     def _quantize_attention(self, weighting: Weighting) -> dict[str, QTensor]:
-        """q, k, v and o; leaves the residual stream after attention in the store, under the name of the attention's weighting."""
+        """The attention's projections, group after group, each reading what the quantized groups before it computed; leaves the
+        residual stream after attention in the store, under the name of the attention's weighting."""
         kind = _attention_kind(weighting)
         if kind in self._attention:
             return self._attention[kind]
         bits = attention_bits(self._config)
         weights: dict[str, QTensor] = {}
         layer = self._layer
-        if bits is not None:
-            settings = self._settings(bits, -1)
-            names = [f"self_attn.{part}_proj.weight" for part in "qkv"]
-            qkv = torch.cat([layer.tensors[name] for name in names]).unsqueeze(0)
-            hessian = WeightedHessian(1, qkv.shape[-1], cross=True)
-            for batch in self._train.batches:
-                x, reference = (layer.attention_input(self._train.store.get(f"{s}/{batch.index}")) for s in ("q", "fp"))
-                self._add_dense(hessian, x, reference, kind, batch)
-            fused, start = mlp_view.unstack(quantize_faq(qkv, hessian, settings)), 0
-            for name in names:
-                stop = start + layer.tensors[name].shape[0]
-                weights[name], start = fused.rows(start, stop), stop
-            layer = mlp_view.with_quantized(layer, weights)
-        self._contexts(layer)
-        if bits is not None:
-            name = "self_attn.o_proj.weight"
-            output = self._layer.tensors[name].unsqueeze(0)
-            hessian = WeightedHessian(1, output.shape[-1], cross=True)
-            for batch in self._train.batches:
-                x, reference = (self._train.store.get(f"layer.{s}/{batch.index}") for s in ("context.q", "context"))
-                self._add_dense(hessian, x, reference, kind, batch)
-            weights[name] = mlp_view.unstack(quantize_faq(output, hessian, settings))
-            layer = mlp_view.with_quantized(layer, weights)
+        for group in self._groups:
+            if group is self._groups[-1]:
+                self._contexts(layer)
+            if bits is not None:
+                weights |= self._quantize_group(layer, group, kind, bits)
+                layer = mlp_view.with_quantized(self._layer, weights)
         for stream in (self._train, self._heldout):
             for batch in stream.batches:
                 context = stream.store.get(f"layer.context.q/{batch.index}")
@@ -154,11 +141,26 @@ class LayerQuantizer:
         return weights
 
     def _contexts(self, layer: DecoderLayer) -> None:
+        """What the output projection reads behind the quantized groups, kept because attention is the dear part of a layer."""
         for stream in (self._train, self._heldout):
             for batch in stream.batches:
-                x = layer.attention_input(stream.store.get(f"q/{batch.index}"))
-                context, _ = layer.attention_context(x, batch.cos, batch.sin, batch.mask)
+                context = attention_view.tap(layer, stream.store.get(f"q/{batch.index}"), batch, self._groups[-1].name)
                 stream.store.put(f"layer.context.q/{batch.index}", context)
+
+    def _quantize_group(self, layer: DecoderLayer, group: LinearGroup, kind: Weighting, bits: int) -> dict[str, QTensor]:
+        """One group of projections; in `layer` the groups before it are quantized."""
+        weight = attention_view.stacked_weight(self._layer, group)
+        hessian = WeightedHessian(1, weight.shape[-1], cross=True)
+        store = self._train.store
+        for batch in self._train.batches:
+            if group is self._groups[-1]:
+                x, reference = (store.get(f"layer.{name}/{batch.index}") for name in ("context.q", "context"))
+            else:
+                x, reference = (attention_view.tap(side, store.get(f"{stream}/{batch.index}"), batch, group.name)
+                                for side, stream in ((layer, "q"), (self._layer, "fp")))
+            self._add_dense(hessian, x, reference, kind, batch)
+        quantized = mlp_view.unstack(quantize_faq(weight, hessian, self._settings(bits, -1)))
+        return attention_view.named_weights(self._layer, group, quantized)
 
     def _add_dense(
         self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch

@@ -1,4 +1,7 @@
-"""Routed and dense MLPs seen alike: experts stacked along a first axis, a dense MLP as one expert that takes every token."""
+"""Routed and dense MLPs seen alike: experts stacked along a first axis, a dense MLP as one expert that takes every token.
+
+Shared experts are the last ones of the stack; every token's pairs with them have the gate 1.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class Routed:
 
 
 def num_experts(layer: DecoderLayer) -> int:
-    """Experts of the layer's MLP, 1 where it is dense."""
-    return layer.spec.mlp.num_experts if isinstance(layer.spec.mlp, MoESpec) else 1
+    """Experts of the layer's MLP, shared ones included, 1 where it is dense."""
+    return layer.spec.mlp.total_experts if isinstance(layer.spec.mlp, MoESpec) else 1
 
 
 def stacked_weights(layer: DecoderLayer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +87,7 @@ def route_everywhere(layer: DecoderLayer, x: torch.Tensor) -> Routed:
     """Every token to every expert, gates 1: how an expert would see tokens that are not its own."""
     if not isinstance(layer.spec.mlp, MoESpec):
         return route(layer, x)
-    experts = layer.spec.mlp.num_experts
+    experts = layer.spec.mlp.total_experts
     ids = torch.arange(experts).expand(len(x), experts).contiguous()
     routing = Routing(torch.zeros(len(x), experts), torch.ones(len(x), experts), ids, torch.ones(len(x), experts))
     where = layer.dispatch(routing)

@@ -22,7 +22,7 @@ from ecmfq_export.progress import Progress
 from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import Clip, quantize_rtn
 from ecmfq_export.quant.token_weights import WEIGHTINGS, Weighting
-from ecmfq_export.stages import mlp_view
+from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer
 from ecmfq_export.stages.judge import Judge
@@ -93,7 +93,7 @@ def rtn_layer(layer: DecoderLayer, config: QuantConfig, clip: Clip = "absmax") -
     bits = attention_bits(config)
     if bits is not None:
         weights = {name: quantize_rtn(layer.tensors[name], bits, clip=clip)
-                   for name in (f"self_attn.{part}_proj.weight" for part in "qkvo")}
+                   for name in attention_view.weight_names(layer.spec.attention)}
     bits = mlp_bits(layer.spec, config)
     if bits is not None:
         group_size = mlp_group_size(layer.spec, config)

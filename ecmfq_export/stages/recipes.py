@@ -11,12 +11,12 @@ _BITS = {"fp16": None, "w8a8": 8, "w4a8": 4}
 
 
 def attention_bits(config: QuantConfig) -> int | None:
-    """Weight bits of q, k, v and o; None where they stay in floating point."""
+    """Weight bits of the attention's projections; None where they stay in floating point."""
     return _BITS[config.attention]
 
 
 def mlp_bits(spec: DecoderLayerSpec, config: QuantConfig) -> int | None:
-    """Weight bits of the MLP: 4 for routed experts; a dense MLP follows the attention's recipe, being run by the same kernels."""
+    """Weight bits of the MLP: 4 for experts; a dense MLP follows the attention's recipe, being run by the same kernels."""
     return 4 if isinstance(spec.mlp, MoESpec) else attention_bits(config)
 
 
@@ -29,15 +29,12 @@ def check_supported(spec: ModelSpec, config: QuantConfig) -> None:
     """Refuse what these settings cannot do with this model, before anything is computed.
 
     Raises:
-        UnsupportedError: shared experts, an odd number of int4 columns, columns that the group size does not divide, or
+        UnsupportedError: an odd number of int4 columns, columns that the group size does not divide, or
             a quantized lm_head that is tied to the embeddings.
     """
     for layer in spec.layers:
         if not isinstance(layer.mlp, MoESpec):
             continue
-        if layer.mlp.num_shared_experts:
-            raise UnsupportedError(f"layer {layer.index} has {layer.mlp.num_shared_experts} shared experts",
-                                   "models with shared experts are not supported by these stages yet")
         for columns in (layer.mlp.hidden_size, layer.mlp.intermediate_size):
             if columns % 2:
                 raise UnsupportedError(f"layer {layer.index} has {columns} columns an expert", "int4 needs an even number")

@@ -20,10 +20,10 @@ from ecmfq_export.progress import Progress
 from ecmfq_export.quant.ecs import EcsResult, search_per_expert, search_scale
 from ecmfq_export.quant.ecs_objective import Pairs, expert_importance
 from ecmfq_export.quant.token_weights import TEXT, VISION, cross_modal_scores, fusion_weight, text_weight
-from ecmfq_export.stages import mlp_view
+from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibrate import routed_mass
 from ecmfq_export.stages.calibration import Calibration, load_calibration
-from ecmfq_export.stages.fold import LayerScales, value_tie
+from ecmfq_export.stages.fold import LayerScales
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, prepare_batches
 
@@ -39,12 +39,12 @@ class Taps:
     """What one layer's searches read, T tokens in a random order.
 
     Attributes:
-        attention_input, context, moe_input: float32 [T, ...].
+        attention: float32 [T, K], what each group of attention projections reads, by name.
+        moe_input: float32 [T, d].
         types: int64 [T]; phi: float32 [T].
     """
 
-    attention_input: torch.Tensor
-    context: torch.Tensor
+    attention: dict[str, torch.Tensor]
     moe_input: torch.Tensor
     types: torch.Tensor
     phi: torch.Tensor
@@ -130,21 +130,22 @@ def _tap(
     """Advance one stream through the layer and keep what its searches read."""
     total = sum(int(batch.lengths.sum()) for batch in batches)
     generator = torch.Generator().manual_seed(config.seed * 7919 + 2 * index + salt)
-    rows: dict[str, list[torch.Tensor]] = {field.name: [] for field in dataclasses.fields(Taps)}
+    attention = [group.name for group in attention_view.groups(layer.spec.attention)]
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*attention, "moe_input", "types", "phi")}
     for batch in batches:
         hidden = store.get(f"hidden/{batch.index}")
-        x = layer.attention_input(hidden)
-        context, probs = layer.attention_context(x, batch.cos, batch.sin, batch.mask)
+        read, probs = attention_view.taps(layer, hidden, batch)
         phi = fusion_weight(cross_modal_scores(probs, batch.types, batch.valid), batch.types, batch.valid, config.fusion_lambda)
-        hidden = hidden + layer.linear(context, "self_attn.o_proj")
+        hidden = hidden + layer.linear(read[attention[-1]], "self_attn.o_proj")
         inputs = layer.moe_input(hidden)
         keep = batch.valid & (torch.rand(batch.types.shape, generator=generator) < MAX_TOKENS / total)
-        for name, value in zip(rows, (x, context, inputs, batch.types, phi), strict=True):
+        for name, value in {**read, "moe_input": inputs, "types": batch.types, "phi": phi}.items():
             rows[name].append(value[keep])
         store.put(f"hidden/{batch.index}", add_deepstack(hidden + layer.mlp(inputs), index, batch, store))
     joined = {name: torch.cat(values) for name, values in rows.items()}
     order = torch.randperm(len(joined["types"]), generator=generator)
-    return Taps(**{name: value[order] for name, value in joined.items()})
+    shuffled = {name: value[order] for name, value in joined.items()}
+    return Taps({name: shuffled.pop(name) for name in attention}, **shuffled)
 
 
 def _search_layer(
@@ -160,18 +161,12 @@ def _search_layer(
             scales[name] = result.scale
 
     bits = attention_bits(config)
-    if bits is not None:
-        weight = torch.cat([layer.tensors[f"self_attn.{part}_proj.weight"] for part in "qkv"]).unsqueeze(0)
-        sides = (_dense_pairs(side, side.attention_input, rho) for side in (train, heldout))
-        keep("attention_input", search_scale(*sides, weight, one, bits, rounding))
-        tie = value_tie(layer.spec.attention)
-        weight = layer.tensors["self_attn.o_proj.weight"].unsqueeze(0)
-        sides = (_dense_pairs(side, side.context, rho) for side in (train, heldout))
-        keep("value", search_scale(*sides, weight, one, bits, rounding, tie))
-        if "value" in scales:
-            # One scale a channel of v: any of the heads that read it.
-            by_value = torch.ones(int(tie.max()) + 1)
-            scales["value"] = by_value.scatter_(0, tie, scales["value"])
+    for group in attention_view.groups(layer.spec.attention) if bits is not None else ():
+        sides = (_dense_pairs(side, side.attention[group.name], rho) for side in (train, heldout))
+        keep(group.name, search_scale(*sides, attention_view.stacked_weight(layer, group), one, bits, rounding, group.tie))
+        if group.tie is not None and group.name in scales:
+            # One scale a channel of the producer: any of the columns that read it.
+            scales[group.name] = torch.ones(int(group.tie.max()) + 1).scatter_(0, group.tie, scales[group.name])
     bits = mlp_bits(layer.spec, config)
     if bits is None:
         return LayerScales(**scales)
@@ -209,4 +204,5 @@ def _importance(layer: DecoderLayer, taps: Taps) -> torch.Tensor:
     routed = mlp_view.route(layer, taps.moe_input)
     if routed.routing is None:
         return torch.ones(1)
-    return expert_importance(routed_mass(routed.routing, layer, taps.types))
+    shared = mlp_view.num_experts(layer) - routed.routing.scores.shape[1]
+    return expert_importance(routed_mass(routed.routing, layer, taps.types), shared)

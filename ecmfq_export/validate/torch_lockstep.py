@@ -107,7 +107,7 @@ class Lockstep:
         if floating is None or quantized is None or not isinstance(mlp, MoESpec):
             return
         flat = valid.reshape(-1)
-        chosen = [torch.zeros(len(flat), mlp.num_experts, dtype=torch.bool).scatter_(1, r.topk_ids, True)[flat]
+        chosen = [torch.zeros(len(flat), mlp.num_experts, dtype=torch.bool).scatter_(1, r.topk_ids[:, : mlp.top_k], True)[flat]
                   for r in (floating, quantized)]  # fmt: skip
         vision = batch.floating.token_types[valid].bool()
         for name, members in (("text", ~vision), ("vision", vision)):

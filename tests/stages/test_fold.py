@@ -5,7 +5,8 @@ import torch
 
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.torch_decoder import load_layer
-from ecmfq_export.stages.fold import LayerScales, fold_layer, value_tie
+from ecmfq_export.stages.attention_view import value_tie
+from ecmfq_export.stages.fold import LayerScales, fold_layer
 from tests.tiny_models import make_qwen3_vl_moe
 
 

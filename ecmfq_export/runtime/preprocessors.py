@@ -1,0 +1,189 @@
+"""RGB images to patches, as ``preprocessor_config.json`` of a directory says; one class for each kind of image processor."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
+from ecmfq_export.runtime.images import ImageInput, load_rgb
+
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+
+_INERT = (
+    "image_processor_type", "processor_class", "default_to_square", "device", "disable_grouping", "input_data_format",
+    "return_tensors", "data_format", "crop_size", "do_center_crop", "do_pad", "pad_size", "image_processor",
+    "feature_extractor_type", "video_processor_type", "auto_map",
+)  # fmt: skip
+"""Settings of any image processor that do not change what it does here."""
+
+
+class Preprocessor(Protocol):
+    """What makes patches of images.
+
+    Attributes:
+        merge_size: patches along each side of a merged patch.
+        image_token: the placeholder that stands for one merged patch in this kind's prompts.
+        reserved_tokens: placeholders that a text may not hold.
+    """
+
+    merge_size: int
+    image_token: str
+    reserved_tokens: tuple[str, ...]
+
+    def __call__(self, images: list[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+        """Patches [N, patch_features] float32 in the family's own order, and grids [len(images), 3] int64.
+
+        Raises:
+            UserError: an image that cannot be read, or whose shape is refused.
+        """
+        ...
+
+
+def load_preprocessor(directory: Path) -> Preprocessor:
+    """The preprocessor that a directory's ``preprocessor_config.json`` describes.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds impossible settings.
+        UnsupportedError: another image processor, or a setting that is not understood.
+    """
+    path = Path(directory) / PREPROCESSOR_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {PREPROCESSOR_CONFIG}", "copy it from the model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    kind = config.get("image_processor_type") if isinstance(config, dict) else None
+    if kind is None and isinstance(config, dict) and isinstance(config.get("auto_map"), dict):
+        # Files of models with remote code name the class there alone.
+        kind = str(config["auto_map"].get("AutoImageProcessor")).rsplit(".", 1)[-1]
+    for loader in (QwenPreprocessor, NavitPreprocessor):
+        if kind in loader.KINDS:
+            unknown = sorted(set(config) - set(loader.SETTINGS) - set(_INERT))
+            if unknown:
+                raise UnsupportedError(f"{path}: unknown settings {', '.join(unknown)}", "they could change what it does")
+            return loader(config, path)
+    known = ", ".join((*QwenPreprocessor.KINDS, *NavitPreprocessor.KINDS))
+    raise UnsupportedError(f"{path}: image_processor_type {kind!r}", f"supported: {known}")
+
+
+class QwenPreprocessor:
+    """Qwen2-VL's image processor (which Qwen3-VL uses): transformers' own, on PIL; patches in merge-block order."""
+
+    KINDS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+    SETTINGS = (
+        "size", "min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std",
+        "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample",
+    )  # fmt: skip
+
+    image_token = "<|image_pad|>"
+    reserved_tokens = ("<|image_pad|>", "<|video_pad|>")
+
+    def __init__(self, config: dict[str, Any], path: Path) -> None:
+        # The module itself, not transformers.AutoImageProcessor: that one insists on torchvision for the "Fast" name.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        settings = {key: config[key] for key in self.SETTINGS if config.get(key) is not None}
+        try:
+            self._processor = Qwen2VLImageProcessorPil(**settings)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        self.merge_size = int(self._processor.merge_size)
+
+    def __call__(self, images: list[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+        """As :class:`Preprocessor`; an image more than 200 times as long as it is wide is refused."""
+        patches, grids = [], []
+        for image in images:
+            rgb = load_rgb(image)
+            try:
+                result = self._processor([rgb], return_tensors="np")
+            except ValueError as error:
+                name = image if isinstance(image, str | Path) else f"{rgb.width}x{rgb.height}"
+                raise UserError(f"image {name} ({rgb.width}x{rgb.height}) is refused: {error}") from None
+            patches.append(result["pixel_values"].astype(np.float32, copy=False))
+            grids.append(result["image_grid_thw"].astype(np.int64, copy=False))
+        return np.concatenate(patches), np.concatenate(grids)
+
+
+class NavitPreprocessor:
+    """Kimi's image processors: the image's own size, shrunk where it has too many patches, padded to whole merged patches.
+
+    Patches are in raster order. The two kinds differ in their settings' names, and in what happens to an image that is too long
+    on one side: the published one refuses it, transformers' one shrinks it.
+    """
+
+    KINDS = ("KimiVLImageProcessor", "Kimi_K25ImageProcessor")
+    SETTINGS = (
+        "patch_size", "merge_kernel_size", "merge_size", "in_token_limit", "max_patches", "size", "pad_input", "num_pooled_tokens",
+        "image_mean", "image_std", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample",
+    )  # fmt: skip
+
+    image_token = "<|media_pad|>"
+    reserved_tokens = ("<|media_pad|>", "<|kimi_k25_video_placeholder|>")
+
+    _MAX_SIDE = 512
+    """Patches on a side that the published tower has rotary angles for."""
+
+    def __init__(self, config: dict[str, Any], path: Path) -> None:
+        fixed = {"pad_input": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
+                 "rescale_factor": 1 / 255, "resample": int(Image.Resampling.BICUBIC)}
+        for key, value in fixed.items():
+            if config.get(key, value) != value:
+                raise UnsupportedError(f"{path}: {key} = {config[key]!r}", f"supported: {value!r}")
+        published = "in_token_limit" in config or "merge_kernel_size" in config
+        if published and "pad_input" not in config:
+            raise UnsupportedError(f"{path}: pad_input is not given, which means cropping", "supported: true")
+        try:
+            merge = config.get("merge_kernel_size", config.get("merge_size", 2))
+            self.merge_size, *other = (int(side) for side in (merge if isinstance(merge, list) else [merge]))
+            self.patch_size = int(config.get("patch_size", 14))
+            self._max_patches = int(config.get("in_token_limit", 4096) if published else config.get("max_patches", 16384))
+            side = self._MAX_SIDE if published else {int(n) for n in config.get("size", {"max_height": self._MAX_SIDE}).values()}
+            self._shrinks_sides = not published
+            self._max_side = side if isinstance(side, int) else side.pop()
+            self._mean, self._std = (np.asarray(config.get(key, [0.5] * 3), np.float32) for key in ("image_mean", "image_std"))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        sizes = (self.merge_size, self.patch_size, self._max_patches, self._max_side)
+        if any(o != self.merge_size for o in other) or not (isinstance(side, int) or not side) or min(sizes) < 1 or not (
+            self._mean.shape == self._std.shape == (3,) and bool((self._std > 0).all())
+        ):
+            raise CheckpointError(f"{path}: merge {merge}, sizes {sizes}, mean {self._mean.tolist()}, std {self._std.tolist()}",
+                                  "expected a square merge kernel, one side limit, positive sizes and three channels")
+
+    def __call__(self, images: list[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+        """As :class:`Preprocessor`; an image of 512 or more patches on a side is refused where it would not be shrunk."""
+        patches, grids = [], []
+        for image in images:
+            rgb = load_rgb(image)
+            width, height = self.resized(rgb.width, rgb.height)
+            if (width, height) != rgb.size:
+                rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+            unit = self.patch_size * self.merge_size
+            rows, columns = (-(-side // unit) * self.merge_size for side in (height, width))
+            if not self._shrinks_sides and max(rows, columns) >= self._max_side:
+                raise UserError(f"an image of {width}x{height} makes {columns}x{rows} patches, {self._max_side - 1} a side are the limit",
+                                "use an image that is less long")
+            pixels = np.zeros((rows * self.patch_size, columns * self.patch_size, 3), np.uint8)
+            pixels[:height, :width] = np.asarray(rgb)
+            values = (pixels.astype(np.float32) / np.float32(255) - self._mean) / self._std
+            blocks = values.reshape(rows, self.patch_size, columns, self.patch_size, 3).transpose(0, 2, 4, 1, 3)
+            patches.append(blocks.reshape(rows * columns, -1))
+            grids.append([1, rows, columns])
+        return np.concatenate(patches), np.array(grids, np.int64)
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after shrinking, before padding."""
+        count = max(1, width // self.patch_size) * max(1, height // self.patch_size)
+        scale = min(1.0, math.sqrt(self._max_patches / count))
+        if not self._shrinks_sides:
+            return max(1, int(width * scale)), max(1, int(height * scale))
+        longest = self._max_side * self.patch_size
+        scale = min(scale, longest / width, longest / height)
+        return (min(longest, max(1, int(width * scale))), min(longest, max(1, int(height * scale))))
