@@ -24,7 +24,7 @@ from ecmfq_export.runtime.generate import Generator
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.target import load_target
-from ecmfq_export.validate import html_report, onnx_side
+from ecmfq_export.validate import html_report
 from ecmfq_export.validate.artifact_bytes import artifact_bytes, checkpoint_bytes
 from ecmfq_export.validate.pipeline import validate
 from ecmfq_export.validate.prompts import load_prompts

@@ -23,7 +23,9 @@ _GROUPS = {"retrieval": ("embedding", "p_yes")}
 CAPTION_PROMPT = "Describe the image."
 IMAGE_EMBEDDING_PROMPT = "Summarize the image in one word."
 TEXT_EMBEDDING_PROMPT = "{text} Summarize the sentence in one word."
-"""Protocol (a): an image and a text are near where the states after these prompts point the same way."""
+"""Protocol (a): an image and a text are near where the states at the ends of these prompts point the same way after the last layer. The
+final RMS norm changes no direction but by its gain, which is left out: a model whose gain was folded into the output projection, or
+whose residual stream was rotated, is the same model and has the same similarities."""
 
 
 class Span(NamedTuple):

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ecmfq_export.errors import BundleError
 from ecmfq_export.progress import Progress
-from ecmfq_export.runtime.decoder_session import DecoderSession, graph_path, read_runtime
+from ecmfq_export.runtime.decoder_session import RUNTIME_JSON, DecoderSession, DecodeState, graph_path, read_runtime
 from ecmfq_export.runtime.embeddings import EmbeddingTable
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.validate.evaluation.evalset import EvalSet
 from ecmfq_export.validate.evaluation.requests import PrefixGroup, Request, prefix_groups
 from ecmfq_export.validate.torch_lockstep import batch_rows
 
-FINAL_STATE = "norm:out"
-"""The value in the decoder graph that the output projection reads."""
 _BATCH_PROMPTS, _BATCH_TOKENS = 16, 2048
 """The static cache is [batch, kv_heads, max_seq, head_dim] a layer, so a batch costs memory however short its prompts are."""
 _HELD_BYTES = 1 << 28
@@ -39,6 +38,10 @@ class OnnxModel:
     def __init__(self, directory: Path, threads: int = 0) -> None:
         self._directory, self._threads = Path(directory), threads
         self._runtime = read_runtime(self._directory)
+        try:
+            self._state = f"hidden_{int(self._runtime['num_layers']) - 1}"  # see graph/decoder.py
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{self._directory / RUNTIME_JSON}: {error!r} is missing or wrong", "export again") from None
 
     def describe(self) -> dict[str, Any]:
         """Path, form, family, vocabulary and the type of the graphs."""
@@ -54,7 +57,7 @@ class OnnxModel:
             UserError: a prompt that does not fit the context, or an image that cannot be used.
         """
         requests = evalset.requests
-        run = _Run(self._open(any(r.kind == "state" for r in requests)), evalset)
+        run = _Run(self._open(any(r.kind == "state" for r in requests)), evalset, self._state)
         groups = prefix_groups(requests, evalset.processor.image_token_id)
         alone = [g.members[0] for g in groups if g.image is None]
         with_image = [g for g in groups if g.image is not None]
@@ -65,7 +68,7 @@ class OnnxModel:
     def _open(self, with_states: bool) -> DecoderSession:
         from ecmfq_export.engine.ort_runner import OrtRunner
 
-        taps, decoder = (FINAL_STATE,) if with_states else (), graph_path(self._directory, "decoder")
+        taps, decoder = (self._state,) if with_states else (), graph_path(self._directory, "decoder")
         return DecoderSession(self._directory,
                               lambda path: OrtRunner(path, threads=self._threads, extra_outputs=taps if path == decoder else ()))
 
@@ -132,7 +135,8 @@ class _Slice:
 class _Run:
     """One pass over all requests."""
 
-    def __init__(self, session: DecoderSession, evalset: EvalSet) -> None:
+    def __init__(self, session: DecoderSession, evalset: EvalSet, state: str) -> None:
+        self._state = state
         self._session, self._evalset, self._requests = session, evalset, evalset.requests
         self.outputs = RowOutputs(evalset.requests, session.vocab_size, session.hidden_size)
 
@@ -174,16 +178,17 @@ class _Run:
                     values = wide[:, 0] - wide[:, 1]
                 self.outputs.put(members[i], request.kind, values)
 
-    def _read(self, tails: list[np.ndarray], requests: list[Request], state: Any) -> list[np.ndarray]:
+    def _read(self, tails: list[np.ndarray], requests: list[Request], state: DecodeState) -> list[np.ndarray]:
         """Logits or states [reads, ...] at the last positions of each row."""
         if not self._session.logits_last:
             outputs = self._session.extend(tails, state)
-            return [_pick(outputs, r.kind)[row, len(t) - r.reads : len(t)]
+            return [outputs[self._state if r.kind == "state" else "logits"][row, len(t) - r.reads : len(t)]
                     for row, (t, r) in enumerate(zip(tails, requests, strict=True))]  # fmt: skip
         # The graph shows the last position only: everything up to the first one that is read, then token by token.
         heads = [len(t) - r.reads + 1 for t, r in zip(tails, requests, strict=True)]
         outputs = self._session.extend([t[:n] for t, n in zip(tails, heads, strict=True)], state)
-        found = [[_pick(outputs, r.kind)[row, 0]] for row, r in enumerate(requests)]
+        found = [[outputs[self._state][row, n - 1] if r.kind == "state" else outputs["logits"][row, 0]]
+                 for row, (r, n) in enumerate(zip(requests, heads, strict=True))]  # fmt: skip
         for at in range(max(r.reads for r in requests) - 1):
             active = np.array([at < r.reads - 1 for r in requests])
             tokens = np.array([t[n + at] if a else 0 for t, n, a in zip(tails, heads, active, strict=True)])
@@ -192,6 +197,3 @@ class _Run:
                 found[row].append(logits[row])
         return [np.stack(rows) for rows in found]
 
-
-def _pick(outputs: dict[str, np.ndarray], kind: str) -> np.ndarray:
-    return outputs[FINAL_STATE] if kind == "state" else outputs["logits"]

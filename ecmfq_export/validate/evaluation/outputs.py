@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import MoEVLM
+from ecmfq_export.models.torch_decoder import final_norm
 from ecmfq_export.models.torch_math import quantized_linear
 
 TOP = 20
@@ -40,11 +41,11 @@ class ProjectedStates:
 
     Args:
         model: whose projection.
-        states: float32 [P, hidden], after the final norm.
+        states: float32 [P, hidden], before the final norm.
     """
 
     def __init__(self, model: MoEVLM, states: torch.Tensor) -> None:
-        self._model, self._states = model, states
+        self._model, self._states = model, final_norm(model, states)
         self._weight: torch.Tensor | None = None
 
     @property
@@ -88,7 +89,7 @@ class StateOutputs:
 
     Args:
         model: whose output projection.
-        states: float32 [positions, hidden], after the final norm, of all requests in order.
+        states: float32 [positions, hidden], before the final norm, of all requests in order.
         starts: int [requests + 1], where each request's positions begin.
         pair: the two tokens of ``log_odds``; None where it is not asked.
     """
@@ -97,7 +98,7 @@ class StateOutputs:
         self._model, self._states, self._starts, self._pair = model, states, starts, pair
 
     def distributions(self, start: int, stop: int) -> ProjectedStates:
-        return ProjectedStates(self._model, self._part(start, stop).clone())
+        return ProjectedStates(self._model, self._part(start, stop))
 
     def states(self, start: int, stop: int) -> np.ndarray:
         return self._part(start, stop).numpy()
@@ -108,7 +109,7 @@ class StateOutputs:
         if self._pair is None:
             raise ValueError("no pair of tokens was given")
         name = _projection(self._model)
-        states = self._part(start, stop)
+        states = final_norm(self._model, self._part(start, stop))
         if self._model.recipe(name) == "float":
             logits = F.linear(states, torch.cat([self._model.tensor_rows(name, i, i + 1) for i in self._pair]).float())
         else:

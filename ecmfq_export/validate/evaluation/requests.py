@@ -18,7 +18,7 @@ class Request:
     Attributes:
         ids: int64 [S], every token that is fed; an image is one placeholder still. Of an answer all tokens but the last are fed.
         image: index of its image, or None.
-        kind: what is read at the last ``reads`` positions: ``logits`` over the vocabulary, the ``state`` after the final norm, or
+        kind: what is read at the last ``reads`` positions: ``logits`` over the vocabulary, the ``state`` before the final norm, or
             the ``log_odds`` of two tokens.
         targets: int64 [reads], the token that follows each position that is read; [-1] where that means nothing.
         pool: prompts of one image and one pool share a prefix. Prompts that are alike should be in one pool.

@@ -12,7 +12,7 @@ from ecmfq_export.errors import UserError
 from ecmfq_export.models.inputs import embed_tokens, rotary_tables
 from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.spec import ModelSpec
-from ecmfq_export.models.torch_decoder import DecoderLayer, LayerCache, final_norm, load_layer
+from ecmfq_export.models.torch_decoder import DecoderLayer, LayerCache, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.runtime import host_inputs
 from ecmfq_export.validate.evaluation.images import ImageFeatures, ModelImages
@@ -78,7 +78,7 @@ class TorchRunner:
 
     @torch.no_grad()
     def states(self, requests: Sequence[Request], progress: Progress, description: str) -> torch.Tensor:
-        """States after the final norm, float32 [sum of reads, hidden], the positions of each request in order.
+        """States after the last layer, before the final norm, float32 [sum of reads, hidden], the positions of each request in order.
 
         Raises:
             UserError: a prompt longer than the model's positions, token ids outside the vocabulary, or an image that cannot be used.
@@ -90,7 +90,7 @@ class TorchRunner:
         embeddings = _Embeddings(self._model, requests)
         for _ in progress.track(self._work(groups, requests, starts, embeddings, out), description, len(groups) * spec.num_layers):
             pass
-        return final_norm(self._model, out)
+        return out
 
     def _work(
         self, groups: list[PrefixGroup], requests: Sequence[Request], starts: np.ndarray, embeddings: _Embeddings, out: torch.Tensor

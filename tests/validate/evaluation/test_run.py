@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import open_model
@@ -135,3 +138,19 @@ def test_files_that_are_no_results(tmp_path: Path, text: str, message: str) -> N
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UserError, match=message):
         EvalResult.read(tmp_path / "r.json")
+
+
+def test_a_folded_final_norm_is_the_same_model(checkpoint: Path, evalset: EvalSet, floating: EvalResult, tmp_path: Path) -> None:
+    """The final norm's gain moved into the output projection, as rotations do before anything else."""
+    shutil.copytree(checkpoint, tmp_path / "folded")
+    file = tmp_path / "folded" / "model.safetensors"
+    tensors = load_file(file)
+    norm, head = "model.language_model.norm.weight", "lm_head.weight"
+    tensors[head] = tensors[head] * tensors[norm]
+    tensors[norm] = torch.ones_like(tensors[norm])
+    save_file(tensors, file, metadata={"format": "pt"})
+    folded = evaluate(open_model(tmp_path / "folded"), evalset, floating, resamples=50)
+    assert folded.comparison is not None and folded.comparison["kl"]["answers"]["max"] < 1e-8
+    for task in ("embedding", "p_yes"):
+        assert np.array_equal(folded.items[task]["image_ranks"], floating.items[task]["image_ranks"])
+        assert np.array_equal(folded.items[task]["text_ranks"], floating.items[task]["text_ranks"])
