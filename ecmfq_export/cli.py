@@ -34,6 +34,29 @@ A run that was stopped continues where it was: finished stages, and finished dec
 """
 
 
+_EVALUATE_EXAMPLES = """\
+examples:
+  ecmfq-export evaluate ./model --data ./heldout --json fp.json                       # floating point, once
+  ecmfq-export evaluate ./work/quantized --data ./heldout --reference fp.json         # what quantization cost
+  ecmfq-export evaluate ./work/quantized --data ./heldout --reference ./model         # with KL over the whole vocabulary
+  ecmfq-export evaluate ./bundle --data captions_val2017.json --tasks retrieval --captions 1000 --candidates 100
+
+data: a directory with questions.jsonl ({"image", "question", "answer", "type"} a line) and captions.jsonl ({"image", "text",
+"distractors"} a line), one such file, or a COCO captions JSON, of which all captions of an image count as true. Image paths are
+relative to the file. A bundle is evaluated in ONNX Runtime, a checkpoint in PyTorch, one decoder layer in memory at a time.
+
+tasks:
+  vqa         exact match of greedy answers, by type, with Wilson's 95% intervals
+  perplexity  of answers and captions, by token
+  embedding   retrieval (a): nearness of the states after 'Summarize ... in one word.', R@1, R@5, R@10 both ways
+  p_yes       retrieval (b): log P(yes) - log P(no) to 'Does this image show {text}?' over --candidates images and texts
+  retrieval   both
+
+A reference must have been measured on the same data. Intervals of differences and of what is kept are paired bootstraps over
+questions or images. docs/evaluation.md explains every figure.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
     args = _parser().parse_args(argv)
@@ -103,6 +126,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", type=Path, required=True, help="the floating-point checkpoint")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL")
     sub.add_argument("--limit", type=int, default=0)
+
+    sub = command("evaluate", _evaluate, "accuracy, perplexity and retrieval of a model on your data, against a reference",
+                  _EVALUATE_EXAMPLES)
+    sub.add_argument("model", type=Path, help="checkpoint (floating point or quantized), bundle, or a bundle's onnx directory")
+    sub.add_argument("--data", type=Path, required=True, help="your questions and captions")
+    sub.add_argument("--reference", type=Path, metavar="MODEL", help="what to compare with: a model, or a file that --json wrote")
+    sub.add_argument("--tasks", help="comma-separated: vqa, perplexity, embedding, p_yes, retrieval (default: all that the data allow)")
+    sub.add_argument("--limit", type=int, default=0, metavar="N", help="at most so many questions, evenly spread (0: all)")
+    sub.add_argument("--captions", type=int, default=0, metavar="N", help="at most so many images with captions (0: all)")
+    sub.add_argument("--candidates", type=int, default=48, metavar="N",
+                     help="images and texts of retrieval (b); N x N prompts (default 48; 0: all)")
+    sub.add_argument("--distractors", action="store_true", help="near-duplicate texts join the texts of retrieval (a)")
+    sub.add_argument("--yes-no", default="yes,no", metavar="YES,NO", help="the two answers of retrieval (b), a token each")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write every item's scores; such files can be references")
+    sub.add_argument("--resamples", type=int, default=10_000, metavar="N", help="bootstrap draws (0: no intervals of means)")
+    sub.add_argument("--memory", type=float, default=1.0, metavar="GB", help="for hidden states; beyond it layers are read again")
+    sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
 
     sub = command("run", _run, "image and prompt in, text out (ONNX Runtime on the CPU)",
                   'example:\n  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"\n')
@@ -212,6 +252,27 @@ def _validate(args: argparse.Namespace) -> int:
     print_report(report, out)
     require_passed(report)
     return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.validate.evaluation.table import print_result
+    from ecmfq_export.workflow import evaluate_model
+
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        result = evaluate_model(
+            args.model, args.data, progress, reference=args.reference, output=args.json, threads=args.threads, resamples=args.resamples,
+            memory_limit=int(args.memory * 1e9), tasks=_words(args.tasks),
+            limit=args.limit, captions=args.captions, candidates=args.candidates, distractors=args.distractors,
+            yes_no=_words(args.yes_no),
+        )  # fmt: skip
+    print_result(result, out)
+    return 0
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(","))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from ecmfq_export.target import Target
 
 if TYPE_CHECKING:
     from ecmfq_export.runtime.generate import Generator
+    from ecmfq_export.validate.evaluation.result import EvalResult
 
 
 @dataclass(frozen=True)
@@ -245,3 +246,43 @@ def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limi
                       engines_dir=engines[0] if engines else None)
     seal(paths, manifest.config, manifest.info)
     return report
+
+
+def evaluate_model(
+    model: Path, data: Path, progress: Progress, *, reference: Path | None = None, output: Path | None = None, threads: int = 0,
+    resamples: int = 10_000, memory_limit: int | None = None, **options: Any,
+) -> EvalResult:  # fmt: skip
+    """Measure a checkpoint or a bundle on a user's data, and compare it with a reference.
+
+    Args:
+        reference: a model (evaluated first), or the file of an earlier result.
+        output: where the result's JSON goes; checked before any work.
+        memory_limit: bytes of hidden states held at once.
+        options: of ``validate.evaluation.evalset.prepare``.
+
+    Raises:
+        UserError: models, data or options that cannot be used, each named.
+    """
+    from ecmfq_export.validate.evaluation.evalset import prepare
+    from ecmfq_export.validate.evaluation.result import EvalResult
+    from ecmfq_export.validate.evaluation.run import evaluate
+    from ecmfq_export.validate.evaluation.sources import open_source, require_same_processor
+    from ecmfq_export.validate.evaluation.torch_model import MEMORY_LIMIT
+
+    limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+    source = open_source(model, threads)
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UserError(f"{output} cannot be written", "give the path of a file in a directory that exists")
+    known = EvalResult.read(reference) if reference is not None and reference.is_file() else None
+    other = open_source(reference, threads) if reference is not None and known is None else None
+    if other is not None:
+        require_same_processor(other.processor_dir, source.processor_dir)
+    evalset = prepare(source.processor_dir, data, progress=progress, **options)
+    if other is not None:
+        progress.note(f"the reference: {reference}")
+        known = evaluate(other.model, evalset, progress=progress, resamples=resamples, memory_limit=limit)
+        progress.note(f"the model: {model}")
+    result = evaluate(source.model, evalset, known, progress=progress, resamples=resamples, memory_limit=limit)
+    if output is not None:
+        result.write(output)
+    return result

@@ -26,8 +26,8 @@ OWN: dict[str, set[str]] = {
     # Reading a quantized checkpoint gives QTensors; a sample is the plain data that a forward pass takes.
     "models": {"errors", "config", "quant.activation", "quant.pack", "quant.qtensor", "runtime.host_inputs", "runtime.sample"},
     # The processor makes calibration samples from images and text.
-    "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.host_inputs", "runtime.images", "runtime.processor",
-               "runtime.sample"},
+    "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
+               "runtime.processor", "runtime.sample"},
     "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.kernel_layout", "quant.pack", "quant.qtensor"},
     "engine": {"errors", "target", "bundle"},
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.

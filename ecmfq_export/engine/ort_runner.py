@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from ecmfq_export.engine.runner import check_feeds
-from ecmfq_export.errors import UserError
+from ecmfq_export.errors import UnsupportedError, UserError
 
 _DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int8)": np.int8,
@@ -24,12 +24,13 @@ class OrtRunner:
         path: the graph; custom operators must have model-local functions (``model.ref.onnx``).
         threads: CPU threads inside an operator; 0: one a physical core.
         optimize: let ONNX Runtime fuse operators. Off, every operator is computed as written.
+        extra_outputs: names of values inside the graph that are outputs too; the file stays as it is.
 
     Raises:
-        UserError: no such file, or ONNX Runtime refuses the graph; with its message.
+        UserError: no such file, a name that no value has, or ONNX Runtime refuses the graph; with its message.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True, extra_outputs: Sequence[str] = ()) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -38,8 +39,13 @@ class OrtRunner:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if not Path(path).is_file():
             raise UserError(f"{path}: no such ONNX file", "run 'ecmfq-export export' first")
+        source: str | bytes = str(path)
+        if extra_outputs:
+            source = _with_outputs(Path(path), extra_outputs)
+            # Weights lie beside the file, where a graph that comes as bytes does not look by itself.
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent.resolve()))
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this file
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}",
                             "an operator without an implementation: load model.ref.onnx, not model.onnx") from error
@@ -62,3 +68,18 @@ class OrtRunner:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         check_feeds(feeds, self._inputs)
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+
+def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+    """The graph, without its weights, with these values of the type of its first input as outputs after its own."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    values = {name for node in model.graph.node for name in node.output}
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UnsupportedError(f"{path} has no value {missing[0]}", "export the model again")
+    there = {value.name for value in model.graph.output}
+    element = model.graph.input[0].type.tensor_type.elem_type
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, element, None) for name in names if name not in there)
+    return model.SerializeToString()

@@ -11,6 +11,7 @@ import torch
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import MoEVLM
+from ecmfq_export.models.spec import ModelSpec
 from ecmfq_export.runtime import host_inputs
 
 
@@ -82,8 +83,7 @@ def prepare_inputs(
     grids = [sample.image_grid_thw for sample in samples if sample.image_grid_thw is not None]
     grid = np.concatenate(grids) if grids else None
     positions, _ = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
-    half_tables = host_inputs.rope_tables(spec.rope, positions)
-    cos, sin = (torch.from_numpy(np.concatenate((table, table), -1)).to(dtype) for table in half_tables)
+    cos, sin = rotary_tables(spec, positions, dtype)
     embeds = embed_tokens(model, torch.from_numpy(ids)).to(dtype)
     deepstack = [torch.zeros_like(embeds) for _ in range(spec.num_deepstack)]
     if grid is not None:
@@ -103,6 +103,13 @@ def prepare_inputs(
         torch.from_numpy(types),
         torch.from_numpy(lengths),
     )
+
+
+def rotary_tables(spec: ModelSpec, positions: np.ndarray, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [B, S, head_dim], both halves alike, of positions [3, B, S]."""
+    half_tables = host_inputs.rope_tables(spec.rope, positions)
+    cos, sin = (torch.from_numpy(np.concatenate((table, table), -1)).to(dtype) for table in half_tables)
+    return cos, sin
 
 
 def embed_tokens(model: MoEVLM, ids: torch.Tensor) -> torch.Tensor:

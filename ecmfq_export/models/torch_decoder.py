@@ -35,6 +35,12 @@ class LayerCache:
         self.key, self.value = key, value
         return key, value
 
+    def take(self, rows: torch.Tensor) -> LayerCache:
+        """A new cache that holds `rows` [n] int64 of this one, each as often as it is listed: many sequences go on from one."""
+        if self.key is None or self.value is None:
+            return LayerCache()
+        return LayerCache(self.key[rows], self.value[rows])
+
 
 @dataclass
 class DecoderLayer:
@@ -246,9 +252,14 @@ def load_layer(model: MoEVLM, index: int, dtype: torch.dtype = torch.float32) ->
     return layer
 
 
+def final_norm(model: MoEVLM, hidden: torch.Tensor) -> torch.Tensor:
+    """What the output projection reads: the last layer's [..., hidden] after the final norm."""
+    return torch_math.rms_norm(hidden, model.tensor("norm.weight").to(hidden.dtype), model.spec.rms_norm_eps)
+
+
 def decoder_logits(model: MoEVLM, hidden: torch.Tensor) -> torch.Tensor:
     """Final norm and output projection: the last layer's [B, S, hidden] to float32 logits [B, S, vocab]."""
-    normed = torch_math.rms_norm(hidden, model.tensor("norm.weight").to(hidden.dtype), model.spec.rms_norm_eps)
+    normed = final_norm(model, hidden)
     name = "embed_tokens.weight" if model.spec.tie_word_embeddings else "lm_head.weight"
     if model.recipe(name) != "float":
         return quantized_linear(normed, model.qtensor(name))
@@ -282,4 +293,4 @@ def run_decoder(
     return decoder_logits(model, hidden)
 
 
-__all__ = ["DecoderLayer", "LayerCache", "Routing", "decoder_logits", "load_layer", "quantized_linear", "run_decoder"]
+__all__ = ["DecoderLayer", "LayerCache", "Routing", "decoder_logits", "final_norm", "load_layer", "quantized_linear", "run_decoder"]

@@ -42,6 +42,10 @@ class DecodeState:
     deltas: np.ndarray
     cache: dict[str, np.ndarray]
 
+    def take(self, rows: np.ndarray) -> DecodeState:
+        """A state of `rows` [n], each as often as it is listed: many texts go on from one prompt."""
+        return DecodeState(self.cached[rows], self.deltas[rows], {name: value[rows] for name, value in self.cache.items()})
+
 
 class DecoderSession:
     """Graphs, embeddings and sizes of ``OUT/onnx``.
@@ -124,6 +128,37 @@ class DecoderSession:
         self._take_cache(outputs, state)
         state.cached = state.cached + (1 if active is None else active.astype(np.int64))
         return outputs["logits"][:, -1]
+
+    def extend(self, tokens: Sequence[np.ndarray], state: DecodeState) -> dict[str, np.ndarray]:
+        """Append several tokens to each row in one call; `state` moves on.
+
+        Args:
+            tokens: ids [n] of each row, one at least.
+
+        Returns:
+            The graph's outputs but the cache: ``logits`` [batch, longest n, vocab], or [batch, 1, vocab] after each row's last
+            token where the graph gives that one only.
+
+        Raises:
+            UserError: the tokens do not fit the context.
+        """
+        lengths = np.array([len(row) for row in tokens], np.int64)
+        ids = np.zeros((len(tokens), int(lengths.max())), np.int64)
+        for i, row in enumerate(tokens):
+            ids[i, : len(row)] = row
+        starts = state.cached
+        # Padding is written too; it is overwritten by the next tokens before anything sees it.
+        if int(starts.max()) + ids.shape[1] > self.max_seq_len:
+            raise UserError(f"{int(starts.max())} cached and {ids.shape[1]} more tokens exceed the context of {self.max_seq_len}",
+                            "shorten the prompt, or export with a larger max_seq_len")
+        first = starts + state.deltas
+        positions = np.broadcast_to(first[None, :, None] + np.arange(ids.shape[1]), (3, *ids.shape))
+        embeds = self._embeddings.rows_of(ids).astype(self.dtype)
+        deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
+        outputs = self._call(embeds, positions, starts, deepstack, lengths - 1, state.cache)
+        self._take_cache(outputs, state)
+        state.cached = starts + lengths
+        return {name: value for name, value in outputs.items() if not name.startswith("present_")}
 
     def answer_logits(self, samples: Sequence[ProcessedSample], stepwise: bool = False) -> list[np.ndarray]:
         """Logits [answer tokens, vocab] that predict each token of each sample's answer, with the answer as context.

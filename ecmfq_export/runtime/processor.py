@@ -56,23 +56,38 @@ class Processor:
         Raises:
             UserError: an image that cannot be used, or a placeholder token in the text.
         """
+        patches, grids = self.preprocess(images) if images else (None, None)
+        ids, answer_length = self.prompt_ids(text, len(images), answer)
+        if grids is not None:
+            ids = self.expand(ids, grids)
+        mask = np.zeros(len(ids), bool)
+        mask[len(ids) - answer_length :] = True
+        return ProcessedSample(np.asarray(ids, np.int64), patches, grids, mask)
+
+    def preprocess(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+        """Patches and grids of at least one image, as :class:`ProcessedSample` holds them.
+
+        Raises:
+            UserError: an image that cannot be used.
+        """
+        return self._images(list(images))
+
+    def prompt_ids(self, text: str, num_images: int = 0, answer: str | None = None) -> tuple[list[int], int]:
+        """Token ids of :meth:`sample` with each image as one placeholder still, and how many of them are the answer's.
+
+        Raises:
+            UserError: a placeholder token in the text.
+        """
         for token in self._images.reserved_tokens:
             if token in text or (answer is not None and token in answer):
                 raise UserError(
                     f"the text contains the placeholder {token}", "give images separately; the template places them"
                 )
-        patches, grids = self._images(list(images)) if images else (None, None)
-        ids = self._encode(self.prompt(text, len(images)))
-        if grids is not None:
-            ids = self._expand(ids, grids)
-        answer_length = 0
-        if answer is not None:
-            answer_ids = [*self._encode(answer), self.eos_token_ids[0]]
-            answer_length = len(answer_ids)
-            ids = [*ids, *answer_ids]
-        mask = np.zeros(len(ids), bool)
-        mask[len(ids) - answer_length :] = True
-        return ProcessedSample(np.asarray(ids, np.int64), patches, grids, mask)
+        ids = self._encode(self.prompt(text, num_images))
+        if answer is None:
+            return ids, 0
+        answer_ids = [*self._encode(answer), self.eos_token_ids[0]]
+        return [*ids, *answer_ids], len(answer_ids)
 
     def prompt(self, text: str, num_images: int) -> str:
         """The chat template's text for one user turn, one placeholder an image, the assistant's turn opened."""
@@ -111,7 +126,8 @@ class Processor:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _expand(self, ids: list[int], grids: np.ndarray) -> list[int]:
+    def expand(self, ids: Sequence[int], grids: np.ndarray) -> list[int]:
+        """`ids` with as many placeholders for each image as it has merged patches; grids [num_images, 3]."""
         counts = iter((grids.prod(axis=1) // self.merge_size**2).tolist())
         out: list[int] = []
         for token in ids:

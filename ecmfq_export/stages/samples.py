@@ -7,13 +7,13 @@ annotation file in COCO's caption format.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ecmfq_export.bundle import fingerprint, sha256_file
 from ecmfq_export.errors import UserError
+from ecmfq_export.runtime.data_files import image_path, read_coco, read_json
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
 
@@ -109,7 +109,7 @@ def _below(image: Path | None, directory: Path) -> bool:
 def _read_hashes(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
-    hashes = _read_json(path).get("sha256")
+    hashes = read_json(path, _FORMS).get("sha256")
     if not isinstance(hashes, dict) or not all(isinstance(v, str) for v in hashes.values()):
         raise UserError(f"{path}: 'sha256' is no table of path to hash", "see calib_data/README.md for its form")
     return hashes
@@ -142,57 +142,8 @@ def _sample(row: Any, where: str, root: Path) -> PoolSample:
     for key, value in (("answer", answer), ("image", image)):
         if value is not None and not isinstance(value, str):
             raise UserError(f"{where}: '{key}' is a {type(value).__name__}", "expected a string, or null")
-    return PoolSample(where, None if not image else _image_path(image, where, root), text, answer or None)
-
-
-def _image_path(name: str, where: str, root: Path) -> Path:
-    """An absolute path as it is, a relative one inside `root`."""
-    pure = PurePosixPath(name)
-    if "\0" in name or (not pure.is_absolute() and ".." in pure.parts):
-        raise UserError(f"{where}: image path '{name}' leaves {root}", "use a path inside the data's folder, or an absolute one")
-    path = Path(name) if pure.is_absolute() else root / name
-    if not path.is_file():
-        raise UserError(f"{where}: no image at {path}", "paths are relative to the samples' file")
-    if not pure.is_absolute() and not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{where}: image path '{name}' leaves {root} through a link", "copy the image into the folder")
-    return path
+    return PoolSample(where, None if not image else image_path(image, where, root), text, answer or None)
 
 
 def _read_coco(path: Path) -> list[PoolSample]:
-    data = _read_json(path)
-    images, annotations = data.get("images"), data.get("annotations")
-    if not isinstance(images, list) or not isinstance(annotations, list):
-        raise UserError(f"{path} has no 'images' and 'annotations' lists", _FORMS)
-    captions: dict[Any, str] = {}
-    for row in annotations:
-        if not isinstance(row, Mapping) or not isinstance(row.get("caption"), str):
-            raise UserError(f"{path}: an annotation has no caption: {str(row)[:80]}",
-                            "give the captions file, not instances or keypoints")
-        captions.setdefault(row.get("image_id"), row["caption"].strip())
-    rows = [row for row in images if isinstance(row, Mapping) and row.get("id") in captions]
-    if not rows:
-        raise UserError(f"{path}: none of its {len(images)} images has a caption", _FORMS)
-    root = _coco_root(path, rows)
-    return [PoolSample(f"{path.name}:{row['id']}", _image_path(str(row.get("file_name")), f"{path.name}:{row['id']}", root),
-                       CAPTION_REQUEST, captions[row["id"]]) for row in rows]
-
-
-def _coco_root(path: Path, rows: list[Any]) -> Path:
-    """The images' folder: ``images`` beside the file, the file's own, or COCO's layout (annotations/captions_X.json, X/)."""
-    first = str(rows[0].get("file_name"))
-    split = path.stem.removeprefix("captions_")
-    candidates = [path.parent / "images", path.parent, path.parent / split, path.parent.parent / split]
-    for root in candidates:
-        if (root / first).is_file():
-            return root
-    raise UserError(f"{path}: image '{first}' is in none of {', '.join(map(str, candidates))}", "put the images into one of them")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}", _FORMS) from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__}, not an object", _FORMS)
-    return data
+    return [PoolSample(row.name, row.image, CAPTION_REQUEST, row.captions[0]) for row in read_coco(path, _FORMS)]

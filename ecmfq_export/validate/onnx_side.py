@@ -1,16 +1,13 @@
-"""ONNX Runtime on the reference graphs: logits, and hidden states through a copy of the graph that shows them."""
+"""ONNX Runtime on the reference graphs: logits, and hidden states as further outputs."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ecmfq_export.engine.runner import Runner
-from ecmfq_export.errors import UnsupportedError, UserError
+from ecmfq_export.errors import UserError
 from ecmfq_export.runtime.decoder_session import DecoderSession, graph_path
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.validate.torch_lockstep import batch_rows
@@ -30,64 +27,25 @@ def answer_logits(session: DecoderSession, samples: Sequence[ProcessedSample], s
     return [out[i] for i in range(len(samples))]
 
 
-def hidden_states(
-    onnx_dir: Path, work: Path, open_runner: Callable[[Path], Runner], samples: Sequence[ProcessedSample], num_layers: int
-) -> list[list[np.ndarray]]:
+def hidden_states(onnx_dir: Path, samples: Sequence[ProcessedSample], num_layers: int) -> list[list[np.ndarray]]:
     """Every layer's output for each sample: [sample][layer] of [S, hidden].
 
-    Args:
-        work: a directory on the same file system; a copy of the decoder that outputs ``hidden_{l}`` is made in it, with hard
-            links to the weights, and removed again.
-
     Raises:
-        UnsupportedError: the graph has no values of these names.
+        UnsupportedError: the graph has no values of the names ``hidden_{l}``.
     """
-    import onnx
-
-    source = graph_path(onnx_dir, "decoder")
-    copy = work / "taps"
-    try:
-        (copy / "decoder").mkdir(parents=True)
-        for file in source.parent.iterdir():
-            if file.suffix != ".onnx":
-                _link(file, copy / "decoder" / file.name)
-        model = onnx.load(source, load_external_data=False)
-        values = {name for node in model.graph.node for name in node.output}
-        missing = [i for i in range(num_layers) if f"hidden_{i}" not in values]
-        if missing:
-            raise UnsupportedError(f"{source} has no value hidden_{missing[0]}", "export the model again")
-        element = model.graph.input[0].type.tensor_type.elem_type
-        for i in range(num_layers):
-            info = onnx.helper.make_tensor_value_info(f"hidden_{i}", element, ["batch", "seq", None])
-            model.graph.output.append(info)
-        tapped = copy / "decoder" / source.name
-        tapped.write_bytes(model.SerializeToString())
-        session = DecoderSession(onnx_dir, lambda path: open_runner(tapped if path == source else path))
-        out = []
-        for sample in samples:
-            outputs = session.run_prompt(sample)
-            out.append([outputs[f"hidden_{i}"][0] for i in range(num_layers)])
-        return out
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    # ONNX Runtime refuses external data behind symbolic links; a hard link is a file like any other.
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def open_session(onnx_dir: Path, threads: int = 0) -> tuple[DecoderSession, Callable[[Path], Runner]]:
-    """A session over ONNX Runtime on the CPU, and what opens its graphs."""
     from ecmfq_export.engine.ort_runner import OrtRunner
 
-    def open_runner(path: Path) -> Runner:
-        return OrtRunner(path, threads=threads)
+    taps, decoder = [f"hidden_{i}" for i in range(num_layers)], graph_path(onnx_dir, "decoder")
+    session = DecoderSession(onnx_dir, lambda path: OrtRunner(path, extra_outputs=taps if path == decoder else ()))
+    outputs = (session.run_prompt(sample) for sample in samples)
+    return [[values[name][0] for name in taps] for values in outputs]
 
-    return DecoderSession(onnx_dir, open_runner), open_runner
+
+def open_session(onnx_dir: Path, threads: int = 0) -> DecoderSession:
+    """A session over ONNX Runtime on the CPU."""
+    from ecmfq_export.engine.ort_runner import OrtRunner
+
+    return DecoderSession(onnx_dir, lambda path: OrtRunner(path, threads=threads))
 
 
 def require_same_vocabulary(session: DecoderSession, vocab_size: int) -> None:

@@ -88,7 +88,7 @@ def validate(
         return json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
     processor = Processor(float_dir)
     prompts = load_prompts(processor, data, limit, candidates)
-    session, open_runner = onnx_side.open_session(onnx_dir)
+    session = onnx_side.open_session(onnx_dir)
     onnx_side.require_same_vocabulary(session, floating.spec.vocab_size)
     for sample in prompts.samples:
         session.check_length(sample)
@@ -97,7 +97,7 @@ def validate(
         study.run()
         tapped = study.tapped
         progress.note("hidden states in ONNX Runtime")
-        states = onnx_side.hidden_states(onnx_dir, work, open_runner, [prompts.samples[i] for i in tapped], len(study.layers))
+        states = onnx_side.hidden_states(onnx_dir, [prompts.samples[i] for i in tapped], len(study.layers))
         report = study.report(states)
         report["retrieval"] = study.retrieval()
         report["bytes"] = checkpoint_bytes(quantized) | {"artifacts": artifact_bytes(onnx_dir, engines_dir)}

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ecmfq_export.config import ExportConfig
+from ecmfq_export.engine.ort_runner import OrtRunner
 from ecmfq_export.errors import UserError
 from ecmfq_export.graph.pipeline import export_onnx
 from ecmfq_export.models.inputs import prepare_inputs
@@ -23,7 +24,7 @@ from ecmfq_export.runtime.generate import Generator
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.target import load_target
-from ecmfq_export.validate import html_report, onnx_side
+from ecmfq_export.validate import html_report
 from ecmfq_export.validate.artifact_bytes import artifact_bytes, checkpoint_bytes
 from ecmfq_export.validate.pipeline import validate
 from ecmfq_export.validate.prompts import load_prompts
@@ -176,7 +177,7 @@ def test_prompts_longer_than_the_graph_are_refused(models, exported, tmp_path):
 
 def test_greedy_text_is_the_same_on_19_of_20_prompts(models, exported):
     """Rounding flips an int8 step where inputs differ by 1e-7, so one prompt in twenty may turn; more would be a mistake."""
-    generator = Generator(exported, lambda path: onnx_side.open_session(exported, 1)[1](path))
+    generator = Generator(exported, lambda path: OrtRunner(path, threads=1))
     sizes = [(8 + 4 * i, 40 - 2 * i) for i in range(10)]
     samples = [generator.processor.sample(f"What is number {i}?", [Image.new("RGB", size, (20 * i, 90, 255 - 20 * i))])
                for i, size in enumerate(sizes)]  # fmt: skip
