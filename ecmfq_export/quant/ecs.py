@@ -31,9 +31,6 @@ COARSE_SHARE, COARSE_TOKENS, FINALISTS, FINE_TOKENS = 0.25, 64, 10, 256
 COORDINATES = 32
 
 
-EcsResult = ScaleResult
-
-
 def search_scale(
     train: Pairs, heldout: Pairs, weight: torch.Tensor, omega: torch.Tensor, num_bits: int,
     rounding: Rounding = "power_of_two", tie: torch.Tensor | None = None, *, theta: float = THETA, group_size: int = -1,

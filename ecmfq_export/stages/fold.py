@@ -52,7 +52,7 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
     tensors = dict(layer.tensors)
     mlp = layer.spec.mlp
     if isinstance(mlp, MoESpec) and mlp.num_shared_experts:
-        raise UnsupportedError(f"{mlp.num_shared_experts} shared experts cannot be smoothed yet", "set smooth = false")
+        raise UnsupportedError(f"{mlp.num_shared_experts} shared experts cannot be smoothed yet", "set smoothing = 'none'")
 
     def divide_rows(name: str, scale: torch.Tensor) -> None:
         tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)

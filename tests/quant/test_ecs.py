@@ -6,8 +6,9 @@ import torch
 from ecmfq_export.errors import UserError
 from ecmfq_export.quant import ecs
 from ecmfq_export.quant.activation import fake_quantize_per_token
-from ecmfq_export.quant.ecs_objective import Objective, Pairs, expert_importance
+from ecmfq_export.quant.ecs_objective import Objective, expert_importance
 from ecmfq_export.quant.rtn import quantize_rtn
+from ecmfq_export.quant.sampled_outputs import Pairs
 
 E, N, D, T = 6, 20, 48, 400
 

@@ -150,7 +150,7 @@ def test_recipes(tiny, calibrated, smoothed, fresh_pool, tmp_path, change):
     assert model.recipe("layers.0.self_attn.q_proj.weight") == {"fp16": "float"}.get(change["attention"], change["attention"])
     assert model.recipe("lm_head.weight") == ("w8a8" if "lm_head" in change else "float")
     assert divergence(tiny, out, fresh_pool) < 0.2
-    assert list(bundle.read_manifest(out).info["layers"][0]["kl"]) == [change["weighting"]]
+    assert list(bundle.read_manifest(out).info["layers"][-1]["kl"]) == [change["weighting"]]
 
 
 def test_a_dense_layer_follows_the_attention_recipe(calibrated, fresh_pool, tmp_path):
