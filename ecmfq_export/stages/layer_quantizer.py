@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,12 +11,11 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
 from ecmfq_export.quant.activation import fake_quantize_per_token
-from ecmfq_export.quant.eaquant import CLIP_RATIOS, routing_divergence
+from ecmfq_export.quant.eaquant import CLIP_RULES, routing_divergence
 from ecmfq_export.quant.faq import FaqSettings
 from ecmfq_export.quant.hessian import WeightedHessian
-from ecmfq_export.quant.qtensor import QTensor, round_scale
+from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rounding import RoundingSettings, quantize_weight, relative_error
-from ecmfq_export.quant.rtn import choose_scale, quantize_at
 from ecmfq_export.quant.token_weights import Weighting, combine, cross_modal_scores, fusion_weight
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.attention_view import LinearGroup
@@ -182,22 +181,20 @@ class LayerQuantizer:
                 x, reference = (attention_view.tap(side, store.get(f"{stream}/{batch.index}"), batch, group.name)
                                 for side, stream in ((layer, "q"), (self._layer, "fp")))
             self._add_dense(hessian, x, reference, kind, batch)
-        quantized = quantize_weight(weight, hessian, self._settings(bits, -1))
+        settings = self._settings(bits, -1)
         if self._parts.align_routing and group is self._groups[-1] and isinstance(layer.spec.mlp, MoESpec):
-            quantized = self._aligned(layer, group, weight, quantized)
+            quantized = self._aligned(layer, group, weight, hessian, settings)
+        else:
+            quantized = quantize_weight(weight, hessian, settings)
         self._attention_errors[kind][group.name] = relative_error(weight, quantized, hessian.matrix)
         return attention_view.named_weights(self._layer, group, mlp_view.unstack(quantized))
 
-    def _aligned(self, layer: DecoderLayer, group: LinearGroup, weight: torch.Tensor, start: QTensor) -> QTensor:
-        """The output projection with the clip whose router probabilities diverge least from the floating-point model's (EAQuant)."""
-        best, least = start, self._divergence(layer, group, start)
-        scale, _ = choose_scale(weight, start.num_bits, clip="absmax")
-        for ratio in CLIP_RATIOS:
-            candidate = quantize_at(weight, round_scale(scale * ratio), None, start.num_bits)
-            divergence = self._divergence(layer, group, candidate)
-            if divergence < least:
-                best, least = candidate, divergence
-        return best
+    def _aligned(
+        self, layer: DecoderLayer, group: LinearGroup, weight: torch.Tensor, hessian: WeightedHessian, settings: RoundingSettings
+    ) -> QTensor:
+        """The output projection by the clip rule whose router probabilities diverge least from the floating-point model's (EAQuant)."""
+        tried = [quantize_weight(weight, hessian, replace(settings, clip=clip)) for clip in CLIP_RULES]
+        return min(tried, key=lambda output: self._divergence(layer, group, output))
 
     def _divergence(self, layer: DecoderLayer, group: LinearGroup, output: QTensor) -> float:
         store = self._train.store

@@ -143,7 +143,7 @@ def resolve(config: QuantConfig) -> MethodSpec:
     if parts.rounding == "gptq":
         if parts.clip == "output":
             raise UserError("clip = 'output' goes with rounding = 'rtn' only", "GPTQ moves weights after the clip is chosen: set clip=mse")
-        return parts
+        return dataclasses.replace(parts, align_routing=False)  # which chooses between clip rules of rounding to nearest
     for key in ("cross_strength", "shrinkage_kappa"):
         if getattr(config, key) > 0.0:
             raise UserError(f"{key} = {getattr(config, key)} does nothing with rounding = 'rtn'", "it is a part of GPTQ: set rounding=gptq")
