@@ -169,10 +169,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quant_arguments(sub: argparse.ArgumentParser) -> None:
+    import typing
+
+    from ecmfq_export.config import Method
+
     sub.add_argument("--data", type=Path, help="calibration samples: a directory with samples.jsonl, a JSONL file of "
                      '{"image", "text", "answer"} lines, or a COCO captions JSON')
     sub.add_argument("--config", type=Path, metavar="TOML", help="settings ([quant] and [export] tables)")
-    sub.add_argument("--method", choices=("ecmfq", "rtn"), help="rtn rounds to nearest and needs no data")
+    sub.add_argument("--method", choices=typing.get_args(Method), metavar="NAME",
+                     help=f"one of {', '.join(typing.get_args(Method))} (default ecmfq; rtn needs no data; docs/method.md tells what "
+                     "each does, and --set puts another part in the place of the method's)")
     sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                      help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")

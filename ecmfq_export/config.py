@@ -17,41 +17,70 @@ from ecmfq_export.errors import UserError
 LinearRecipe = Literal["fp16", "w8a8", "w4a8"]
 
 
+Method = Literal[
+    "ecmfq", "rtn", "smoothquant", "awq", "gptq", "gptaq", "mbq", "moequant", "eaquant", "veq_me", "veq_ma", "veq_me_ma",
+    "quarot_gptq",
+]
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How to quantize. Routed and shared experts are always W4A8; METHOD names in parentheses.
 
+    A method is a row of parts (``stages/methods.py``). A part's setting is ``method``, or -1 where it is a number, to take what
+    the method says, and any other value to put another part in its place.
+
     Attributes:
-        method: ``ecmfq`` is the whole method; ``rtn`` rounds to nearest without smoothing or calibration.
+        method: ``ecmfq`` is the whole method; ``rtn`` rounds to nearest without smoothing or calibration; the others are
+            published methods, see docs/method.md.
         attention: recipe of q, k, v and o projections.
         lm_head: recipe of the output projection.
         group_size: -1, one scale an output channel; 128, plus int8 group multipliers.
-        num_samples: calibration samples that MACS picks from the pool (K).
-        selection: how samples are picked: ``macs`` or ``random``.
-        smooth: whether ECS searches smoothing scales.
+        num_samples: calibration samples that are picked from the pool (K).
+        selection: how samples are picked: ``macs``, ``random``, ``balanced`` (MoEQuant) or ``topped_up`` (EAQuant).
+        smoothing: which search finds smoothing scales: ``ecs``, a published method's, or ``none``.
         smooth_rounding: ``power_of_two`` keeps folds exact in any binary floating type; ``real`` does not.
-        weighting: FAQ token weights: ``auto`` keeps the best per layer by held-out final-logit KL.
+        smooth_alpha: SmoothQuant's alpha; 0 chooses one for the whole model by its output error.
+        theta: weight of the worst experts (CVaR) in ECS's objective.
+        rounding: ``gptq`` or ``rtn``, to nearest.
+        clip: how scales of weights are chosen: ``absmax``, ``mse`` (least squared error of the weights, weighted by the Hessian's
+            diagonal where there is one) or ``output`` (AWQ's, least output error; with ``rtn`` only).
+        weighting: token weights of the Hessian: ``auto`` keeps FAQ's best per layer by held-out final-logit KL.
+        gate_power: power of the gate in token weights (q).
         fusion_lambda: weight of the fusion factor phi (lambda).
         gamma_text: text token weight rho; 0 measures it from loss gradients where the samples have answers.
+        balance: ``limited`` keeps the total text mass between 1/4 and 4 times the vision mass; ``none`` takes rho as it is.
+        cross_strength: factor on GPTAQ's correction for errors of earlier layers; 0 leaves it out.
         percdamp: damping of the Hessian as a fraction of its mean diagonal.
-        shrinkage_kappa: pseudo-count of the shared Hessian for experts with few tokens (kappa).
-        holdout_fraction: fraction of the selected samples kept out of every search, for its gate.
+        shrinkage_kappa: pseudo-count of the shared Hessian for experts with few tokens (kappa); 0 shares nothing.
+        activation_order: whether GPTQ rounds the columns with the largest diagonal first.
+        rotate: ``hadamard`` rotates the residual stream first.
+        holdout_fraction: fraction of the selected samples kept out of every search, for its gate, where the method has one.
         seed: of every random choice.
     """
 
-    method: Literal["ecmfq", "rtn"] = "ecmfq"
+    method: Method = "ecmfq"
     attention: LinearRecipe = "w8a8"
     lm_head: Literal["fp16", "w8a8"] = "fp16"
     group_size: Literal[-1, 128] = -1
     num_samples: int = 128
-    selection: Literal["macs", "random"] = "macs"
-    smooth: bool = True
-    smooth_rounding: Literal["power_of_two", "real"] = "power_of_two"
-    weighting: Literal["auto", "none", "rho", "rho_g", "rho_g_phi"] = "auto"
+    selection: Literal["method", "macs", "random", "balanced", "topped_up"] = "method"
+    smoothing: Literal["method", "none", "ecs", "smoothquant", "awq", "mbq", "eaquant", "veq_me"] = "method"
+    smooth_rounding: Literal["method", "power_of_two", "real"] = "method"
+    smooth_alpha: float = 0.5
+    theta: float = 0.2
+    rounding: Literal["method", "rtn", "gptq"] = "method"
+    clip: Literal["method", "absmax", "mse", "output"] = "method"
+    weighting: Literal["method", "auto", "none", "rho", "g", "rho_g", "rho_p", "rho_g_phi"] = "method"
+    gate_power: float = 1.0
     fusion_lambda: float = 0.5
-    gamma_text: float = 10.0
+    gamma_text: float = -1.0
+    balance: Literal["method", "limited", "none"] = "method"
+    cross_strength: float = -1.0
     percdamp: float = 0.01
-    shrinkage_kappa: float = 256.0
+    shrinkage_kappa: float = -1.0
+    activation_order: bool = True
+    rotate: Literal["method", "none", "hadamard"] = "method"
     holdout_fraction: float = 0.25
     seed: int = 0
 
@@ -105,10 +134,14 @@ def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
     if isinstance(config, QuantConfig):
         checks = {
             "num_samples": config.num_samples >= 2,
+            "smooth_alpha": 0.0 <= config.smooth_alpha <= 1.0,
+            "theta": 0.0 <= config.theta <= 1.0,
+            "gate_power": 0.0 <= config.gate_power <= 8.0,
             "fusion_lambda": 0.0 <= config.fusion_lambda <= 1.0,
-            "gamma_text": config.gamma_text >= 0.0,
+            "gamma_text": config.gamma_text >= 0.0 or config.gamma_text == -1.0,
+            "cross_strength": 0.0 <= config.cross_strength <= 1.0 or config.cross_strength == -1.0,
             "percdamp": 0.0 < config.percdamp <= 1.0,
-            "shrinkage_kappa": config.shrinkage_kappa >= 0.0,
+            "shrinkage_kappa": config.shrinkage_kappa >= 0.0 or config.shrinkage_kappa == -1.0,
             "holdout_fraction": 0.0 < config.holdout_fraction < 1.0,
             "seed": config.seed >= 0,
         }

@@ -72,6 +72,7 @@ def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: Qu
         UserError: the model is unsupported or damaged, or calibration data are needed and missing.
     """
     from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.stages.methods import resolve
     from ecmfq_export.stages.quantize import quantize
     from ecmfq_export.stages.recipes import check_supported
 
@@ -79,14 +80,15 @@ def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: Qu
     if model.quantization is not None:
         raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
     check_supported(model.spec, config)
+    parts = resolve(config)
     calibration = smoothing = None
-    if config.method != "rtn":
+    if parts.needs_data:
         if data is None:
-            raise UserError("method 'ecmfq' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
+            raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
         from ecmfq_export.stages.calibrate import calibrate
 
         calibration = calibrate(model_dir, data, out_dir.with_name("calibration"), config, progress)
-        if config.smooth:
+        if parts.smoothing != "none":
             from ecmfq_export.stages.smooth import smooth
 
             smoothing = smooth(model_dir, calibration, out_dir.with_name("smoothing"), config, progress)

@@ -22,7 +22,10 @@ def test_defaults_hold_their_own_checks() -> None:
         ({"attention": "w2a2"}, "attention = 'w2a2'"),
         ({"num_samples": 1}, "num_samples = 1 is out of range"),
         ({"num_samples": "8"}, "expected int"),
-        ({"smooth": 1}, "expected bool"),
+        ({"activation_order": 1}, "expected bool"),
+        ({"smoothing": False}, "allowed: method, none"),
+        ({"cross_strength": -0.5}, "out of range"),
+        ({"method": "magic"}, "allowed: ecmfq, rtn"),
         ({"num_samples": True}, "expected int"),
         ({"fusion_lambda": 1.5}, "out of range"),
         ({"group_size": 64}, "group_size = 64"),
@@ -53,8 +56,8 @@ def test_toml(tmp_path: Path) -> None:
 
 
 def test_split_settings() -> None:
-    assert split_settings(["attention=w4a8", "num_samples=64", "max_batch=2", "smooth=false"]) == (
-        {"attention": "w4a8", "num_samples": 64, "smooth": False}, {"max_batch": 2})
+    assert split_settings(["attention=w4a8", "num_samples=64", "max_batch=2", "activation_order=false"]) == (
+        {"attention": "w4a8", "num_samples": 64, "activation_order": False}, {"max_batch": 2})
     with pytest.raises(UserError, match="unknown setting"):
         split_settings(["nothing=1"])
     with pytest.raises(UserError, match="unknown setting"):

@@ -1,7 +1,8 @@
 """Writing a quantized checkpoint: a Hugging Face directory in the compressed-tensors format, layer by layer.
 
 One shard a decoder layer and one for everything else, so that an interrupted run keeps the layers it finished. Floating
-tensors keep the dtype that the source checkpoint stores. What is on disk is described in quantized_reader.py; reading is
+tensors keep the dtype that the source checkpoint stores, but for norms, routers and biases that folded scales made inexact in
+it: these are float32. What is on disk is described in quantized_reader.py; reading is
 ``open_model`` on the directory.
 """
 
@@ -30,6 +31,9 @@ from ecmfq_export.quant.qtensor import QTensor
 
 _SIDE_FILES = re.compile(r".*\.(json|jinja|txt|model|md)|LICENSE.*|NOTICE.*")
 _WEIGHT_FILES = re.compile(r".*\.index\.json|config\.json|manifest\.json|README\.md")
+_SMALL = re.compile(r"norm\.weight$|\.router\.weight$|\.bias$")
+"""What folds leave in floating point; all of it together is small beside a layer's weights."""
+
 _KINDS = {
     "experts": (r"\.mlp\.experts\.(gate_up|down)_proj$", r"re:.*\.mlp\.(shared_)?experts\.\d+\.(gate|up|down)_proj$"),
     "attention": (r"\.self_attn\.\w+_proj\.weight$", r"re:.*\.self_attn\.\w+_proj(_with_mqa)?$"),
@@ -76,7 +80,8 @@ class QuantizedWriter:
 
         Args:
             tensors: by canonical suffix (``"self_attn.q_proj.weight"``, ``"mlp.experts.gate_up_proj"``); floating tensors are
-                cast to their stored dtype. What is not given is copied unchanged from the source.
+                cast to their stored dtype (norms, routers and biases to float32 where that would round them). What is not given is
+                copied unchanged from the source.
 
         Raises:
             CheckpointError: a tensor that overflows its stored dtype.
@@ -156,7 +161,7 @@ class QuantizedWriter:
                 f"'{name}' overflows {dtype} (largest magnitude {float(tensor.abs().max()):g})",
                 "convert the checkpoint to bfloat16 or float32 and quantize that",
             )
-        return {part: TensorToWrite.of(values) for part, values in source.split(stored).items()}
+        return {part: TensorToWrite.of(values) for part, values in source.split(_exact(name, tensor.detach(), stored)).items()}
 
     def _schemes(self, on_disk: Mapping[str, str]) -> dict[str, Scheme]:
         """Canonical weight to scheme, found in what is on disk: layers of an earlier run count alike."""
@@ -175,6 +180,13 @@ class QuantizedWriter:
         for file in sorted(self.model.path.iterdir()):
             if file.is_file() and _SIDE_FILES.fullmatch(file.name) and not _WEIGHT_FILES.fullmatch(file.name):
                 shutil.copyfile(file, self.work_dir / file.name)
+
+
+def _exact(name: str, tensor: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """`stored`, but a norm, router or bias that its dtype rounds in float32: a real-valued smoothing scale folded into a bfloat16
+    norm would lose what the weights behind it were quantized against, and a rounded router could choose other experts."""
+    wide = tensor.float()
+    return stored if not _SMALL.search(name) or torch.equal(stored.float(), wide) else wide
 
 
 def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[str, Any] | None:

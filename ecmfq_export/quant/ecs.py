@@ -7,12 +7,15 @@ for all experts, which is why the scale must be one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ecmfq_export.quant.ecs_objective import Objective, Pairs
+from ecmfq_export.quant.eaquant import merged_scale
+from ecmfq_export.quant.ecs_objective import THETA, Objective
+from ecmfq_export.quant.sampled_outputs import Pairs
+from ecmfq_export.quant.scale_math import expert_maximum, positive, tied, tied_maximum
+from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
 from ecmfq_export.quant.token_weights import TEXT, VISION
 
 Rounding = Literal["power_of_two", "real"]
@@ -28,35 +31,10 @@ COARSE_SHARE, COARSE_TOKENS, FINALISTS, FINE_TOKENS = 0.25, 64, 10, 256
 COORDINATES = 32
 
 
-@dataclass(frozen=True)
-class EcsResult:
-    """What a search found.
-
-    Attributes:
-        scale: float32 [d] that divides the norm's output; all ones where rejected.
-        accepted: whether the held-out gate let it pass.
-        label: the candidate it started from.
-        search_before, search_after: J on the search tokens at s = 1 and at the best scale.
-        heldout_before, heldout_after: the same on held-out tokens.
-    """
-
-    scale: torch.Tensor
-    accepted: bool
-    label: str
-    search_before: float
-    search_after: float
-    heldout_before: float
-    heldout_after: float
-
-    def summary(self) -> dict[str, object]:
-        """Everything but the scale itself, for manifests."""
-        return {key: value for key, value in vars(self).items() if key != "scale"}
-
-
 def search_scale(
     train: Pairs, heldout: Pairs, weight: torch.Tensor, omega: torch.Tensor, num_bits: int,
-    rounding: Rounding = "power_of_two", tie: torch.Tensor | None = None,
-) -> EcsResult:
+    rounding: Rounding = "power_of_two", tie: torch.Tensor | None = None, *, theta: float = THETA, group_size: int = -1,
+) -> ScaleResult:
     """Find s for one norm and everything quantized behind it.
 
     From cheap to dear: every candidate on a quarter of the experts and 64 tokens each, the ten best and s = 1 on all
@@ -66,15 +44,17 @@ def search_scale(
         train, heldout: tokens, of different samples.
         weight: floating [E, N, d], gate over up rows for experts; [1, N, d] for a dense layer.
         omega: float [E].
-        num_bits: of the weights.
+        num_bits, group_size: grid of the weights.
         tie: int64 [d], channels with the same number share a scale; None ties nothing.
+        theta: share of the worst experts' mean in J.
     """
     tie = torch.arange(weight.shape[-1]) if tie is None else tie
     ones = torch.ones(weight.shape[-1])
-    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS)
+    grid = {"group_size": group_size, "theta": theta}
+    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS, **grid)
     before = fine.value(ones)
     labelled = candidate_scales(train, weight, omega, tie, rounding)
-    coarse = Objective(train, weight, omega, num_bits, COARSE_TOKENS, coarse_experts(omega, fine.present))
+    coarse = Objective(train, weight, omega, num_bits, COARSE_TOKENS, coarse_experts(omega, fine.present), **grid)
     ranked = sorted((coarse.value(scale), i) for i, (_, scale) in enumerate(labelled))
     finalists = [labelled[i] for _, i in ranked[:FINALISTS]]
     best_value, best_label, best = before, "one", ones
@@ -83,10 +63,10 @@ def search_scale(
         if value < best_value:
             best_value, best_label, best = value, label, scale
     best_value, best = _coordinate_steps(fine, train.x, best, best_value, tie, rounding)
-    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS)
+    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS, **grid)
     gate_before, gate_after = gate.value(ones), gate.value(best)
     accepted = gate_after < (1.0 - GATE) * gate_before
-    return EcsResult(best if accepted else ones, accepted, best_label, before, best_value, gate_before, gate_after)
+    return ScaleResult(best if accepted else ones, accepted, best_label, before, best_value, gate_before, gate_after)
 
 
 def coarse_experts(omega: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -104,14 +84,14 @@ def candidate_scales(
     EAQuant's maximum over experts of per-expert scales."""
     column = weight.abs().amax(1).float()
     found: list[tuple[str, torch.Tensor]] = []
-    norms = {nu: _tied(column_norm(column, omega, nu), tie) for nu in NORMS}
+    norms = {nu: tied(column_norm(column, omega, nu), tie) for nu in NORMS}
     for u in QUANTILES:
-        a = _tied(channel_quantile(pairs.x, pairs.types, u), tie)
+        a = tied(channel_quantile(pairs.x, pairs.types, u), tie)
         for alpha in ALPHAS:
             found.append((f"awq u={u:g} alpha={alpha:.2f}", a**alpha))
             for nu, b in norms.items():
                 found.append((f"a^alpha/b^(1-alpha) u={u:g} nu={nu:g} alpha={alpha:.2f}", a**alpha / b ** (1.0 - alpha)))
-    found.append(("eaquant", _tied(eaquant_scale(pairs, column), tie)))
+    found.append(("eaquant", tied(merged_scale(pairs, column, 0.5), tie)))
     unique: dict[bytes, tuple[str, torch.Tensor]] = {}
     for label, scale in found:
         finished = finish_scale(scale, rounding)
@@ -128,22 +108,14 @@ def channel_quantile(x: torch.Tensor, types: torch.Tensor, u: float) -> torch.Te
             above = len(values) - min(len(values) - 1, int(u * (len(values) - 1) + 0.999999))
             parts.append(values.topk(above, dim=0).values[-1])
     largest = torch.stack(parts).amax(0) if parts else torch.ones(x.shape[-1])
-    return _positive(largest)
+    return positive(largest)
 
 
 def column_norm(column: torch.Tensor, omega: torch.Tensor, nu: float) -> torch.Tensor:
     """b_j from ``max_i |W_e[i, j]|`` [E, d]: importance-weighted nu-norm over experts, their maximum for nu = inf."""
     if nu == float("inf"):
-        return _positive(column.amax(0))
-    return _positive((omega.unsqueeze(1) * column.pow(nu)).sum(0).pow(1.0 / nu))
-
-
-def eaquant_scale(pairs: Pairs, column: torch.Tensor) -> torch.Tensor:
-    """``max_e sqrt(max_t |x_tj| / max_i |W_e[i, j]|)`` over the tokens of each expert (EAQuant, arXiv 2506.13329); [d]."""
-    largest = torch.zeros(column.shape)
-    for rows in torch.arange(len(pairs.token)).split(1 << 14):
-        _scatter_max(largest, pairs.expert[rows], pairs.x[pairs.token[rows]].abs().float())
-    return _positive((largest / _positive(column)).sqrt().amax(0))
+        return positive(column.amax(0))
+    return positive((omega.unsqueeze(1) * column.pow(nu)).sum(0).pow(1.0 / nu))
 
 
 def finish_scale(scale: torch.Tensor, rounding: Rounding) -> torch.Tensor:
@@ -153,31 +125,12 @@ def finish_scale(scale: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     return torch.exp2(log.round() if rounding == "power_of_two" else log).float()
 
 
-def _positive(values: torch.Tensor) -> torch.Tensor:
-    """Dead channels take the smallest living one, so that logarithms and quotients exist."""
-    living = values[values > 0]
-    return values.clamp_min(float(living.min()) if living.numel() else 1.0)
-
-
-def _tied(values: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
-    return _group_max(values, tie)[tie]
-
-
-def _group_max(values: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(int(tie.max()) + 1).scatter_reduce_(0, tie, values.float(), "amax")
-
-
-def _scatter_max(into: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """``into[index[p]] = max(into[index[p]], rows[p])``."""
-    into.scatter_reduce_(0, index.unsqueeze(1).expand_as(rows), rows, "amax")
-
-
 def _coordinate_steps(
     objective: Objective, x: torch.Tensor, scale: torch.Tensor, value: float, tie: torch.Tensor, rounding: Rounding
 ) -> tuple[float, torch.Tensor]:
     """Try to move the scales of the largest channels, one after the other, keeping every step that lowers J."""
     exponents = (-1.0, 1.0) if rounding == "power_of_two" else (-0.5, 0.5, -1.0, 1.0)
-    groups = _group_max(x.abs().amax(0) if len(x) else torch.ones(x.shape[-1]), tie)
+    groups = tied_maximum(x.abs().amax(0) if len(x) else torch.ones(x.shape[-1]), tie)
     for group in groups.argsort(descending=True, stable=True)[:COORDINATES].tolist():
         moved_best = scale
         for exponent in exponents:
@@ -189,24 +142,8 @@ def _coordinate_steps(
     return value, scale
 
 
-@dataclass(frozen=True)
-class PerExpertResult:
-    """Scales of the down projections.
-
-    Attributes:
-        scale: float32 [E, I] that divides the rows of up; ones where an expert's search was rejected.
-        accepted: bool [E].
-        ratio_before, ratio_after: held-out r_e at s = 1 and at the best scale, float32 [E].
-    """
-
-    scale: torch.Tensor
-    accepted: torch.Tensor
-    ratio_before: torch.Tensor
-    ratio_after: torch.Tensor
-
-
 def search_per_expert(
-    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: Rounding = "power_of_two"
+    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: Rounding = "power_of_two", *, group_size: int = -1
 ) -> PerExpertResult:
     """Scales of each expert's own intermediate channels, every expert with its own best alpha, all searched at once.
 
@@ -216,13 +153,10 @@ def search_per_expert(
     """
     experts, _, columns = weight.shape
     omega = torch.ones(experts)
-    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS, per_expert=True)
-    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS, per_expert=True)
+    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size)
+    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size)
     ones = torch.ones(experts, columns)
-    largest = torch.zeros(experts, columns)
-    for rows in torch.arange(len(train.token)).split(1 << 14):
-        _scatter_max(largest, train.expert[rows], train.x[train.token[rows]].abs().float())
-    a, b = _positive(largest), _positive(weight.abs().amax(1).float())
+    a, b = positive(expert_maximum(train, experts)), positive(weight.abs().amax(1).float())
     best_ratio, best = fine.ratios(ones), ones
     for alpha in ALPHAS:
         for raw in (a**alpha, a**alpha / b ** (1.0 - alpha)):

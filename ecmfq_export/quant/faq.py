@@ -13,7 +13,7 @@ import torch
 from ecmfq_export.quant.gptq import gptq_bytes, quantize_gptq
 from ecmfq_export.quant.hessian import WeightedHessian, shrink, shrinkage
 from ecmfq_export.quant.qtensor import QTensor, cat_experts, chunked
-from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES
+from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip
 
 FEW_TOKENS_DAMP = 5.0
 """Factor on percdamp for experts with fewer effective tokens than columns (0.05 at the default 0.01)."""
@@ -26,8 +26,10 @@ class FaqSettings:
     Attributes:
         num_bits, group_size: the grid.
         percdamp: damping as a fraction of the mean diagonal, for experts with enough tokens.
-        kappa: pseudo-count of the shared Hessian.
+        kappa: pseudo-count of the shared Hessian; 0 shares nothing (an expert without tokens is then rounded to nearest).
         cross_strength: trust in the correction for errors of earlier layers (GPTAQ), 0 to 1.
+        clip: rule of the scales.
+        descending: whether the columns with the largest diagonal are rounded first.
         max_bytes: working memory.
     """
 
@@ -36,6 +38,8 @@ class FaqSettings:
     percdamp: float = 0.01
     kappa: float = 256.0
     cross_strength: float = 1.0
+    clip: Clip = "mse"
+    descending: bool = True
     max_bytes: int = DEFAULT_MAX_BYTES
 
 
@@ -57,7 +61,9 @@ def quantize_faq(
     n_eff = hessian.n_eff
     share = shrinkage(n_eff, settings.kappa)
     percdamp = settings.percdamp * torch.where(n_eff < weight.shape[-1], FEW_TOKENS_DAMP, 1.0).float()
-    if target is None and weight.shape[0] > 1:
+    if settings.kappa == 0.0:
+        target = target_cross = None
+    elif target is None and weight.shape[0] > 1:
         target, target_cross = hessian.pooled()
     parts: list[QTensor] = []
     # Shrunk copies exist for a few experts at a time: a layer's Hessians are larger than its weights.
@@ -68,5 +74,6 @@ def quantize_faq(
             matrix, cross = shrink(matrix, cross, shared, shared_cross, share[part])
         parts.append(quantize_gptq(weight[part], matrix, settings.num_bits, settings.group_size,
                                    percdamp=percdamp[part].clamp_max(1.0), cross=cross, cross_strength=settings.cross_strength,
+                                   clip=settings.clip, descending=settings.descending,
                                    max_bytes=settings.max_bytes))
     return cat_experts(parts)

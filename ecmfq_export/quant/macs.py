@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from ecmfq_export.errors import UserError
+from ecmfq_export.quant.moequant import balanced_samples
 
 TERM_WEIGHTS = (1.0, 0.3, 0.5)
 RANDOM_SEEDS = 5
 TOP_UP_SHARE = 0.25
-"""Samples that topping up may add, as a share of K."""
+"""Samples that topping up may choose, as a share of K."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,16 @@ class PoolScores:
         tokens: int64 [N, L, E], tokens routed to each expert.
         attention: float [N], share of text rows' attention that goes to vision, averaged over layers.
         features: float [N, 256], projected log channel quantiles.
+        loss: float [N], sum of the negative log likelihoods of the sample's text tokens; None where it was not asked for.
+        predicted: int64 [N], how many text tokens that is.
     """
 
     mass: torch.Tensor
     tokens: torch.Tensor
     attention: torch.Tensor
     features: torch.Tensor
+    loss: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,15 +158,15 @@ def lazy_greedy(objective: SelectionObjective, count: int) -> list[int]:
     return picked
 
 
-def top_up(tokens: torch.Tensor, picked: list[int], top_k: int, limit: int) -> list[int]:
-    """Samples to add for experts that got fewer than ``2 k len(picked) / E`` tokens, at most `limit`.
+def top_up(tokens: torch.Tensor, picked: list[int], need: float | torch.Tensor, limit: int) -> list[int]:
+    """Samples to add for experts that got fewer than `need` tokens, at most `limit`.
 
     Each one is the sample that fills most of the remaining deficit; stops when nothing in the pool helps.
 
     Args:
         tokens: int64 [N, L, E].
+        need: one number, or float [L, 1] by layer.
     """
-    need = 2.0 * top_k * len(picked) / tokens.shape[-1]
     have = tokens[picked].sum(0).double()
     available = torch.ones(len(tokens), dtype=torch.bool)
     available[picked] = False
@@ -180,7 +185,11 @@ def top_up(tokens: torch.Tensor, picked: list[int], top_k: int, limit: int) -> l
 
 
 def select(scores: PoolScores, count: int, top_k: int, seed: int, method: str = "macs") -> Selection:
-    """Choose `count` samples (all of a smaller pool) and top up; ``random`` draws them and adds nothing.
+    """Choose `count` samples (all of a smaller pool).
+
+    ``macs`` picks greedily and leaves up to a quarter of the budget to samples for experts with fewer than ``2 k count / E``
+    tokens; ``topped_up`` (EAQuant) does so with random samples and twice the layer's average; ``balanced`` is MoEQuant's choice
+    (:func:`ecmfq_export.quant.moequant.balanced_samples`); ``random`` draws them.
 
     Raises:
         UserError: an empty pool, or NaN or infinity in the scores.
@@ -194,19 +203,35 @@ def select(scores: PoolScores, count: int, top_k: int, seed: int, method: str = 
                             "check that the floating-point model is finite on the pool")
     count = min(count, size)
     objective = SelectionObjective(scores, count, seed)
-    if method == "random":
-        picked, added = random_indices(size, count, seed), []
-    else:
-        picked = lazy_greedy(objective, count)
-        added = top_up(scores.tokens, picked, top_k, max(1, round(TOP_UP_SHARE * count)))
-    chosen = picked + added
+    chosen, added = _choose(objective, scores, count, top_k, seed, method)
     report = {f"selected_{key}": value for key, value in usage(scores, chosen, top_k).items()}
     report["selected_objective"] = objective.value(chosen)
     drawn = [random_indices(size, len(chosen), seed + 1000 + i) for i in range(RANDOM_SEEDS)]
     figures = [usage(scores, indices, top_k) for indices in drawn]
     report |= {f"random_{key}": sum(f[key] for f in figures) / len(figures) for key in figures[0]}
     report["random_objective"] = sum(objective.value(indices) for indices in drawn) / len(drawn)
-    return Selection(chosen, len(added), report)
+    return Selection(chosen, added, report)
+
+
+def _choose(
+    objective: SelectionObjective, scores: PoolScores, count: int, top_k: int, seed: int, method: str
+) -> tuple[list[int], int]:
+    """The chosen samples, and how many of them were added for experts with few tokens; `count` in all."""
+    if method == "random":
+        return random_indices(objective.size, count, seed), 0
+    if method == "balanced":
+        if scores.loss is None or scores.predicted is None:
+            raise ValueError("balanced selection needs the pool's losses")
+        return balanced_samples(scores.tokens, scores.loss, scores.predicted, count), 0
+    ranked = lazy_greedy(objective, count) if method == "macs" else random_indices(objective.size, count, seed)
+    kept = ranked[: count - round(TOP_UP_SHARE * count)]
+    need: float | torch.Tensor = 2.0 * top_k * count / scores.tokens.shape[-1]
+    if method == "topped_up":
+        need = 2.0 * scores.tokens[ranked].double().sum(0).mean(-1, keepdim=True)
+    added = top_up(scores.tokens, kept, need, count - len(kept))
+    # What the experts do not need goes to the next best samples.
+    rest = [index for index in ranked[len(kept) :] if index not in added][: count - len(kept) - len(added)]
+    return kept + rest + added, len(added)
 
 
 def usage(scores: PoolScores, indices: list[int], top_k: int) -> dict[str, float]:

@@ -35,6 +35,14 @@ def quantize_rtn(
         UserError: NaN or infinity in `weight`.
     """
     scale, multiplier = choose_scale(weight, num_bits, group_size, clip, importance, max_bytes)
+    return quantize_at(weight, scale, multiplier, num_bits, group_size, max_bytes)
+
+
+def quantize_at(
+    weight: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor | None, num_bits: int, group_size: int = -1,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> QTensor:
+    """Round `weight` [..., N, K] to the nearest point of the grid of these scales and group multipliers."""
     flat, steps = weight.reshape(-1, *weight.shape[-2:]), effective_scale(scale, multiplier, weight.shape[-1])
     steps = steps.reshape(flat.shape[0], flat.shape[1], -1)
     qvalue = torch.empty(flat.shape, dtype=torch.int8)
@@ -70,7 +78,7 @@ def choose_scale(
     steps = steps.reshape(*weight.shape[:-1], groups)
     if group_size == -1:
         return round_scale(steps.squeeze(-1)), None
-    return _split_scale(steps)
+    return split_scale(steps)
 
 
 def effective_scale(scale: torch.Tensor, multiplier: torch.Tensor | None, columns: int) -> torch.Tensor:
@@ -102,7 +110,7 @@ def _search(
     return torch.where(absmax > 0, best_step, torch.zeros_like(best_step))
 
 
-def _split_scale(steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_scale(steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two levels for group steps [..., N, G]: one float16 scale a channel, int8 multipliers that come nearest."""
     scale = round_scale(steps.amax(-1) / 127.0)
     multiplier = torch.round(steps / scale.unsqueeze(-1)).clamp_(1, 127).to(torch.int8)

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-Weighting = Literal["none", "rho", "rho_g", "rho_g_phi"]
+Weighting = Literal["none", "rho", "g", "rho_g", "rho_p", "rho_g_phi"]
 WEIGHTINGS: tuple[Weighting, ...] = ("none", "rho", "rho_g", "rho_g_phi")
+"""What FAQ chooses from; ``g`` alone is MoEQuant's and ``rho_p``, with the router's probability, VEQ-MA's."""
 
 TEXT, VISION = 0, 1
 
@@ -97,11 +98,24 @@ def fusion_weight(scores: torch.Tensor, types: torch.Tensor, valid: torch.Tensor
     return phi * valid
 
 
-def combine(kind: Weighting, rho: torch.Tensor, gate: torch.Tensor, phi: torch.Tensor, power: float = 1.0) -> torch.Tensor:
-    """w of one weighting; `rho`, `gate` and `phi` are aligned float [P], `power` is q. ``none`` is all ones."""
+def combine(
+    kind: Weighting, rho: torch.Tensor, gate: torch.Tensor, phi: torch.Tensor, power: float = 1.0,
+    probability: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """w of one weighting.
+
+    Args:
+        rho, gate, phi: aligned float [P].
+        power: q, of the gate.
+        probability: float [P], the router's score of the pair's expert before renormalization; needed for ``rho_p`` only.
+    """
     if kind == "none":
         return torch.ones_like(rho)
-    weight = rho
-    if kind in ("rho_g", "rho_g_phi"):
+    if kind == "rho_p":
+        if probability is None:
+            raise ValueError("weighting rho_p needs the router's probabilities")
+        return rho * probability
+    weight = torch.ones_like(rho) if kind == "g" else rho
+    if kind in ("g", "rho_g", "rho_g_phi"):
         weight = weight * gate.pow(power)
     return weight * phi if kind == "rho_g_phi" else weight

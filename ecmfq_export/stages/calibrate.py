@@ -1,11 +1,12 @@
-"""Stage calibrate: choose with MACS which samples of the pool to calibrate on."""
+"""Stage calibrate: choose which samples of the pool to calibrate on, with MACS or another method's rule."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ecmfq_export import bundle
@@ -13,25 +14,24 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.spec import MoESpec
-from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, load_layer
+from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, decoder_logits, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant import macs
-from ecmfq_export.quant.token_weights import VISION, vision_attention_mass
+from ecmfq_export.quant.token_weights import TEXT, VISION, vision_attention_mass
 from ecmfq_export.runtime.processor import Processor
+from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.stages.calibration import save_calibration, split_heldout
-from ecmfq_export.stages.samples import load_pool, pool_fingerprint
+from ecmfq_export.stages.methods import calibration_settings, resolve
+from ecmfq_export.stages.samples import PoolSample, load_pool, pool_fingerprint
 from ecmfq_export.stages.sensitivity import measure_gamma
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, prepare_batches
 
 FEATURES = 256
 CHANNEL_QUANTILES = (0.5, 0.9, 1.0)
 
-CONFIG_KEYS = ("num_samples", "selection", "gamma_text", "holdout_fraction", "seed")
-"""Settings that shape this stage's result."""
-
 
 def calibrate(model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
-    """Run the floating-point model over the pool once, layer by layer, select samples, and write them to `out_dir`.
+    """Select samples and write them to `out_dir`; every rule but a random draw runs the floating-point model over the pool once.
 
     Writes ``samples.safetensors`` (processed samples), ``selection.json`` (names, held-out split, figures) and the manifest.
 
@@ -46,7 +46,7 @@ def calibrate(model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, p
         UserError: unusable data or checkpoint, NaN on the way, or a full disk.
     """
     pool = load_pool(data)
-    settings = {key: dataclasses.asdict(config)[key] for key in CONFIG_KEYS}
+    settings, parts = calibration_settings(config), resolve(config)
     inputs = {"model": bundle.fingerprint(model_dir), "data": pool_fingerprint(data, pool)}
     if bundle.is_current(out_dir, "calibrate", settings, inputs):
         progress.note(f"{out_dir}: up to date")
@@ -54,28 +54,44 @@ def calibrate(model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, p
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UnsupportedError(f"{model_dir} is quantized already", "calibrate on the floating-point checkpoint")
+    if not model.spec.moe_layers:
+        raise UnsupportedError(f"{model.path} has no mixture-of-experts layer", "this tool quantizes routed experts")
     processor = Processor(model_dir)
     with bundle.write_stage(out_dir, "calibrate", settings, inputs) as (work, info), ActivationStore() as store:
-        tracked = progress.track(pool, "read calibration pool", len(pool))
-        batches = list(prepare_batches(model, (sample.process(processor) for sample in tracked), store))
-        scores = score_pool(model, batches, len(pool), store, config.seed, progress)
-        top_k = max((spec.mlp.top_k for spec in model.spec.layers if isinstance(spec.mlp, MoESpec)), default=1)
-        selection = macs.select(scores, config.num_samples, top_k, config.seed, config.selection)
+        if parts.selection == "random":
+            indices = macs.random_indices(len(pool), config.num_samples, config.seed)
+            selection = macs.Selection(indices, 0, {})
+        else:
+            ids: list[np.ndarray] = []
+            batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store))
+            scores = score_pool(model, batches, len(pool), store, config.seed, progress, ids if parts.selection == "balanced" else None)
+            top_k = max((spec.mlp.top_k for spec in model.spec.layers if isinstance(spec.mlp, MoESpec)), default=1)
+            selection = macs.select(scores, config.num_samples, top_k, config.seed, parts.selection)
         chosen = [pool[i] for i in selection.indices]
         samples = [sample.process(processor) for sample in chosen]
         heldout = split_heldout([str(sample.image) if sample.image else sample.name for sample in chosen],
                                 config.holdout_fraction, config.seed)
-        gamma, measured = config.gamma_text, {}
+        gamma, measured = parts.gamma, {}
         if gamma == 0.0:
             gamma, measured = measure_gamma(model, [s for s, held in zip(samples, heldout, strict=True) if not held], progress)
         report = {**selection.report, "pool": len(pool), "selected": len(chosen), "topped_up": selection.topped_up,
                   "heldout": sum(heldout), **measured}
         save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
         info.update(report, gamma=gamma)
-    progress.note(f"selected {len(chosen)} of {len(pool)} samples ({selection.topped_up} for experts with few tokens), "
-                  f"{sum(heldout)} held out; objective {report['selected_objective']:.3f} against "
-                  f"{report['random_objective']:.3f} at random")
+    note = f"selected {len(chosen)} of {len(pool)} samples by '{parts.selection}', {sum(heldout)} held out"
+    if selection.report:
+        note += (f"; {selection.topped_up} for experts with few tokens; expert usage deviates by {report['selected_usage_std']:.3f} "
+                 f"against {report['random_usage_std']:.3f} at random")
+    progress.note(note)
     return out_dir
+
+
+def _read(pool: list[PoolSample], processor: Processor, ids: list[np.ndarray], progress: Progress) -> Iterator[ProcessedSample]:
+    """Process the pool's samples one after the other, noting their token ids in `ids`."""
+    for sample in progress.track(pool, "read calibration pool", len(pool)):
+        processed = sample.process(processor)
+        ids.append(processed.input_ids)
+        yield processed
 
 
 @dataclass
@@ -90,17 +106,17 @@ class _Tally:
 
 @torch.no_grad()
 def score_pool(
-    model: MoEVLM, batches: list[Batch], size: int, store: ActivationStore, seed: int, progress: Progress
+    model: MoEVLM, batches: list[Batch], size: int, store: ActivationStore, seed: int, progress: Progress,
+    ids: list[np.ndarray] | None = None,
 ) -> macs.PoolScores:
     """Measure every sample of the pool while its activations stream through the decoder.
 
     Args:
         batches: prepared, their embeddings in `store` under ``hidden``; consumed.
         size: number of samples in all batches.
+        ids: the samples' token ids, to measure also how likely the model finds their text; None for not.
     """
     moe = model.spec.moe_layers
-    if not moe:
-        raise UnsupportedError(f"{model.path} has no mixture-of-experts layer", "this tool quantizes routed experts")
     num_experts = {model.spec.layers[i].mlp.num_experts for i in moe}
     if len(num_experts) > 1:
         raise UnsupportedError(f"layers with different numbers of experts ({sorted(num_experts)}) are not supported")
@@ -126,7 +142,24 @@ def score_pool(
                 tally.features[batch.samples] += _channel_features(x, batch) @ projection / len(moe) ** 0.5
                 out = hidden + layer.experts(tokens, routing).view_as(x)
             store.put(f"hidden/{batch.index}", add_deepstack(out, index, batch, store))
-    return macs.PoolScores(tally.mass, tally.tokens, tally.attention, tally.features)
+    likelihood = (None, None) if ids is None else _text_loss(model, batches, ids, store)
+    return macs.PoolScores(tally.mass, tally.tokens, tally.attention, tally.features, *likelihood)
+
+
+def _text_loss(
+    model: MoEVLM, batches: list[Batch], ids: list[np.ndarray], store: ActivationStore
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of each sample's negative log likelihoods of text tokens [N], and how many they are [N]; `store` has the last outputs."""
+    loss, predicted = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.int64)
+    for batch in batches:
+        hidden = store.get(f"hidden/{batch.index}")
+        for row, number in enumerate(batch.samples):
+            said = torch.from_numpy(ids[number])
+            text = batch.types[row, 1 : len(said)] == TEXT
+            scores = decoder_logits(model, hidden[row : row + 1, : len(said) - 1])[0][text].log_softmax(-1)
+            loss[number] = -float(scores.gather(-1, said[1:][text].unsqueeze(-1)).double().sum())
+            predicted[number] = int(text.sum())
+    return loss, predicted
 
 
 def _tally_routing(tally: _Tally, place: int, layer: DecoderLayer, routing: Routing, batch: Batch) -> None:

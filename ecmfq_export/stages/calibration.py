@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ class Calibration:
         samples: processed samples.
         heldout: bool, one a sample: kept out of every search and every Hessian, for gates.
         gamma: text token weight before balancing (MBQ's gradient ratio, or the configured value).
+        gamma_by_layer: measured ratios of each layer's MLP, None where unknown; empty where gamma was configured.
+        gamma_by_layer_attention: the same of its attention.
     """
 
     samples: list[ProcessedSample]
     heldout: list[bool]
     gamma: float
+    gamma_by_layer: list[float | None] = field(default_factory=list)
+    gamma_by_layer_attention: list[float | None] = field(default_factory=list)
 
 
 def save_calibration(
@@ -69,7 +73,9 @@ def load_calibration(directory: Path) -> Calibration:
 
             samples = [ProcessedSample(file.get_tensor(f"{i:05d}.input_ids"), array(i, "pixel_values"), array(i, "image_grid_thw"),
                                        file.get_tensor(f"{i:05d}.answer_mask").astype(bool)) for i in range(len(rows))]
-        return Calibration(samples, [bool(row["heldout"]) for row in rows], float(selection["gamma"]))
+        report = selection["report"]
+        return Calibration(samples, [bool(row["heldout"]) for row in rows], float(selection["gamma"]),
+                           report.get("gamma_by_layer", []), report.get("gamma_by_layer_attention", []))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{directory} cannot be read: {error}", "run calibrate again") from None
 

@@ -1,26 +1,27 @@
-"""FAQ on one decoder layer: floating-point and quantized activations side by side, Hessians, weights, the layer's output."""
+"""One decoder layer quantized: floating-point and quantized activations side by side, Hessians, weights, the layer's output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ecmfq_export.config import QuantConfig
+from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
 from ecmfq_export.quant.activation import fake_quantize_per_token
-from ecmfq_export.quant.faq import FaqSettings, quantize_faq
+from ecmfq_export.quant.eaquant import CLIP_RULES, routing_divergence
+from ecmfq_export.quant.faq import FaqSettings
 from ecmfq_export.quant.hessian import WeightedHessian
 from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.rounding import RoundingSettings, quantize_weight, relative_error
 from ecmfq_export.quant.token_weights import Weighting, combine, cross_modal_scores, fusion_weight
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.attention_view import LinearGroup
+from ecmfq_export.stages.methods import resolve
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack
-
-CROSS_STRENGTH = 1.0
-"""Trust in the correction for errors of earlier layers."""
 
 SPREAD_TOKENS = 256
 """Tokens that every expert computes to estimate what its down projection reads from tokens that are not its own."""
@@ -47,42 +48,62 @@ class LayerQuantizer:
         train, heldout: streams; only `train` enters Hessians.
         rho: float [2], weight of text and vision tokens.
         config: settings.
+
+    Attributes:
+        errors: by weighting, then by group (the attention's, ``gate_up``, ``down``): each expert's relative output error on the
+            search side, float32 [E], see :func:`ecmfq_export.quant.rounding.relative_error`.
+        tokens: int64 [E, 2], text and vision tokens of the search side that each expert computed; filled by the first weighting.
     """
 
     def __init__(
         self, layer: DecoderLayer, index: int, train: Stream, heldout: Stream, rho: torch.Tensor, config: QuantConfig
     ) -> None:
         self._layer, self._index, self._rho, self._config = layer, index, rho, config
+        self._parts = resolve(config)
+        self._cross = self._parts.cross_strength > 0.0
+        self.errors: dict[Weighting, dict[str, torch.Tensor]] = {}
+        self.tokens = torch.zeros(mlp_view.num_experts(layer), 2, dtype=torch.int64)
         self._train, self._heldout = train, heldout
         self._groups = attention_view.groups(layer.spec.attention)
         self._attention: dict[Weighting, dict[str, QTensor]] = {}
+        self._attention_errors: dict[Weighting, dict[str, torch.Tensor]] = {}
         self._reference_pass()
 
     def quantize(self, weighting: Weighting) -> DecoderLayer:
         """The layer with every weight that its recipes name quantized under `weighting`."""
         attention = self._quantize_attention(weighting)
         layer = mlp_view.with_quantized(self._layer, attention)
+        errors = self.errors[weighting] = dict(self._attention_errors[_attention_kind(weighting)])
         bits = mlp_bits(layer.spec, self._config)
         if bits is None:
             return layer
         settings = self._settings(bits, mlp_group_size(layer.spec, self._config))
         gate_up, down = mlp_view.stacked_weights(self._layer)
-        hessian = WeightedHessian(*gate_up.shape[::2], cross=True)
+        hessian = WeightedHessian(*gate_up.shape[::2], cross=self._cross)
+        count = not bool(self.tokens.any())
         for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
             routed = mlp_view.route(layer, x)
-            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, routed), routed.token, reference)
-        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantize_faq(gate_up, hessian, settings)))
+            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, routed), routed.token,
+                        reference if self._cross else None)
+            if count:
+                types = batch.types[batch.valid][routed.token]
+                self.tokens += torch.bincount(2 * routed.expert + types, minlength=self.tokens.numel()).view_as(self.tokens)
+        quantized = quantize_weight(gate_up, hessian, settings)
+        errors["gate_up"] = relative_error(gate_up, quantized, hessian.matrix)
+        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantized))
         del hessian
-        hessian = WeightedHessian(*down.shape[::2], cross=True)
+        hessian = WeightedHessian(*down.shape[::2], cross=self._cross)
         spread: list[torch.Tensor] = []
         for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
             routed = mlp_view.route(layer, x)
             inner = fake_quantize_per_token(mlp_view.intermediate(layer, x, routed))
             hessian.add(inner, routed.expert, self._weights(weighting, batch, routed),
-                        reference=mlp_view.intermediate(self._layer, reference, routed))
+                        reference=mlp_view.intermediate(self._layer, reference, routed) if self._cross else None)
             spread.append(x)
-        target = self._spread_hessian(layer, torch.cat(spread), hessian)
-        quantized = quantize_faq(down, hessian, settings, target=target)
+        shrinks = self._parts.rounding == "gptq" and self._parts.kappa > 0.0
+        target = self._spread_hessian(layer, torch.cat(spread), hessian) if shrinks else None
+        quantized = quantize_weight(down, hessian, settings, target=target)
+        errors["down"] = relative_error(down, quantized, hessian.matrix)
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
 
     def outputs(self, layer: DecoderLayer, weighting: Weighting, side: str, into: str) -> None:
@@ -125,6 +146,7 @@ class LayerQuantizer:
             return self._attention[kind]
         bits = attention_bits(self._config)
         weights: dict[str, QTensor] = {}
+        self._attention_errors[kind] = {}
         layer = self._layer
         for group in self._groups:
             if group is self._groups[-1]:
@@ -150,7 +172,7 @@ class LayerQuantizer:
     def _quantize_group(self, layer: DecoderLayer, group: LinearGroup, kind: Weighting, bits: int) -> dict[str, QTensor]:
         """One group of projections; in `layer` the groups before it are quantized."""
         weight = attention_view.stacked_weight(self._layer, group)
-        hessian = WeightedHessian(1, weight.shape[-1], cross=True)
+        hessian = WeightedHessian(1, weight.shape[-1], cross=self._cross)
         store = self._train.store
         for batch in self._train.batches:
             if group is self._groups[-1]:
@@ -159,16 +181,39 @@ class LayerQuantizer:
                 x, reference = (attention_view.tap(side, store.get(f"{stream}/{batch.index}"), batch, group.name)
                                 for side, stream in ((layer, "q"), (self._layer, "fp")))
             self._add_dense(hessian, x, reference, kind, batch)
-        quantized = mlp_view.unstack(quantize_faq(weight, hessian, self._settings(bits, -1)))
-        return attention_view.named_weights(self._layer, group, quantized)
+        settings = self._settings(bits, -1)
+        if self._parts.align_routing and group is self._groups[-1] and isinstance(layer.spec.mlp, MoESpec):
+            quantized = self._aligned(layer, group, weight, hessian, settings)
+        else:
+            quantized = quantize_weight(weight, hessian, settings)
+        self._attention_errors[kind][group.name] = relative_error(weight, quantized, hessian.matrix)
+        return attention_view.named_weights(self._layer, group, mlp_view.unstack(quantized))
+
+    def _aligned(
+        self, layer: DecoderLayer, group: LinearGroup, weight: torch.Tensor, hessian: WeightedHessian, settings: RoundingSettings
+    ) -> QTensor:
+        """The output projection by the clip rule whose router probabilities diverge least from the floating-point model's (EAQuant)."""
+        tried = [quantize_weight(weight, hessian, replace(settings, clip=clip)) for clip in CLIP_RULES]
+        return min(tried, key=lambda output: self._divergence(layer, group, output))
+
+    def _divergence(self, layer: DecoderLayer, group: LinearGroup, output: QTensor) -> float:
+        store = self._train.store
+        tried = mlp_view.with_quantized(layer, attention_view.named_weights(self._layer, group, mlp_view.unstack(output)))
+        logits: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for batch in self._train.batches:
+            middle = store.get(f"q/{batch.index}") + tried.linear(store.get(f"layer.context.q/{batch.index}"), "self_attn.o_proj")
+            for found, hidden in zip(logits, (store.get(f"layer.middle/{batch.index}"), middle), strict=True):
+                found.append(layer.route(layer.moe_input(hidden[batch.valid])).logits)
+        return routing_divergence(torch.cat(logits[0]), torch.cat(logits[1]), layer.spec.mlp.top_k)
 
     def _add_dense(
         self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch
     ) -> None:
         valid = batch.valid
         rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
-        weight = combine(kind, rho, torch.ones_like(rho), phi)
-        hessian.add(fake_quantize_per_token(x[valid]), torch.zeros(len(rho), dtype=torch.int64), weight, reference=reference[valid])
+        ones = torch.ones_like(rho)
+        hessian.add(fake_quantize_per_token(x[valid]), torch.zeros(len(rho), dtype=torch.int64), combine(kind, rho, ones, phi),
+                    reference=reference[valid] if self._cross else None)
 
     def _moe_inputs(self, layer: DecoderLayer, middle: str) -> Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]:
         """By batch of the search side: MLP inputs [T, d] of the quantized and of the floating-point model, without padding."""
@@ -180,7 +225,8 @@ class LayerQuantizer:
     def _weights(self, weighting: Weighting, batch: Batch, routed: mlp_view.Routed) -> torch.Tensor:
         valid = batch.valid
         rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
-        return combine(weighting, rho[routed.token], routed.gate, phi[routed.token])
+        return combine(weighting, rho[routed.token], routed.gate, phi[routed.token], self._config.gate_power,
+                       mlp_view.probability(routed))
 
     def _spread_hessian(self, layer: DecoderLayer, x: torch.Tensor, own: WeightedHessian) -> torch.Tensor:
         """What each expert's down projection reads from a sample of all the layer's tokens, [E, I, I].
@@ -196,14 +242,18 @@ class LayerQuantizer:
             total.add(inner, routed.expert, torch.ones(len(inner)))
         return total.matrix
 
-    def _settings(self, bits: int, group_size: int) -> FaqSettings:
-        config = self._config
-        return FaqSettings(bits, group_size, config.percdamp, config.shrinkage_kappa, CROSS_STRENGTH)
+    def _settings(self, bits: int, group_size: int) -> RoundingSettings:
+        config, parts = self._config, self._parts
+        # The output clip belongs to rounding to nearest, which reads nothing of FAQ's settings but the grid.
+        clip = "mse" if parts.clip == "output" else parts.clip
+        faq = FaqSettings(bits, group_size, config.percdamp, parts.kappa, parts.cross_strength, clip, config.activation_order)
+        return RoundingSettings(parts.rounding, parts.clip, faq)
 
     def _middle_name(self, weighting: Weighting) -> str:
         return f"layer.middle.{_attention_kind(weighting)}"
 
 
 def _attention_kind(weighting: Weighting) -> Weighting:
-    """Attention has no gates: without phi its weight is rho."""
-    return "rho" if weighting == "rho_g" else weighting
+    """Attention has no router: what is left of a weighting without it."""
+    kinds: dict[Weighting, Weighting] = {"g": "none", "rho_g": "rho", "rho_p": "rho"}
+    return kinds.get(weighting, weighting)

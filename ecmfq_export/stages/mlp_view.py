@@ -94,6 +94,15 @@ def route_everywhere(layer: DecoderLayer, x: torch.Tensor) -> Routed:
     return Routed(where.token, where.expert, torch.ones(len(where.token)), where, routing)
 
 
+def probability(routed: Routed) -> torch.Tensor:
+    """The router's score of each row's expert before renormalization, float32 [P]; 1 where no router chose."""
+    if routed.routing is None:
+        return torch.ones_like(routed.gate)
+    scores = routed.routing.scores
+    chosen = routed.expert < scores.shape[1]
+    return torch.where(chosen, scores[routed.token, routed.expert.clamp_max(scores.shape[1] - 1)], torch.ones_like(routed.gate))
+
+
 def intermediate(layer: DecoderLayer, x: torch.Tensor, routed: Routed) -> torch.Tensor:
     """What the down projection reads, ``silu(gate) * up``, [P, I], for tokens x [T, d] and rows as in `routed`."""
     if routed.dispatch is not None:

@@ -1,8 +1,7 @@
-"""Stage quantize: FAQ (or rounding to nearest) layer by layer, into a compressed-tensors checkpoint."""
+"""Stage quantize: the weights rounded layer by layer, by FAQ or another method, into a compressed-tensors checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,21 +20,22 @@ from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import Clip, quantize_rtn
-from ecmfq_export.quant.token_weights import WEIGHTINGS, Weighting
+from ecmfq_export.quant.token_weights import Weighting
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer
 from ecmfq_export.stages.judge import Judge
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
+from ecmfq_export.stages.methods import resolve, rounding_settings
 from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
-from ecmfq_export.stages.smooth import balanced_rho, load_scales
+from ecmfq_export.stages.smooth import SCALES, load_scales, text_rho
 from ecmfq_export.stages.streams import ActivationStore, prepare_batches
 
 STATE = ".state"
 """Prefix of directories, inside the stage's working directory, with the activations that enter the next layer."""
 
-FAQ_KEYS = ("attention", "lm_head", "group_size", "weighting", "fusion_lambda", "percdamp", "shrinkage_kappa", "seed")
-RTN_KEYS = ("attention", "lm_head", "group_size")
+LAYERS, SMOOTHING = "quantization.json", "smoothing_scales.safetensors"
+"""What was done to each layer (see :func:`quantize`), and the scales that were folded in, as stage smooth wrote them."""
 
 
 def quantize(
@@ -44,20 +44,25 @@ def quantize(
 ) -> Path:
     """Write the quantized checkpoint to `out_dir`; an interrupted run continues from its last finished layer.
 
+    Beside it, where samples are looked at: ``quantization.json``, a list with one object a layer, ``weighting`` chosen, ``kl`` by
+    weighting (final-logit KL on held-out samples; for a single weighting behind the last layer only), ``errors`` by group of weights
+    (one number an expert, weighted squared output error over that of the outputs) and ``tokens`` that each expert computed
+    ([text, vision]); and ``smoothing_scales.safetensors``.
+
     Args:
         model_dir: floating-point checkpoint.
-        calibration_dir: of stage calibrate; not read where ``config.method`` is ``rtn``.
-        smoothing_dir: of stage smooth, or None for none; not read where the method is ``rtn``.
+        calibration_dir: of stage calibrate; not read by a method that looks at no samples (``rtn``).
+        smoothing_dir: of stage smooth, or None for none; not read by such a method either.
 
     Raises:
         UserError: a model or settings that are not supported, missing calibration, NaN on the way, or a full disk.
     """
-    faq = config.method == "ecmfq"
-    if faq and calibration_dir is None:
-        raise UserError("method 'ecmfq' needs a calibration directory", "run calibrate first, or set method = 'rtn'")
-    settings = {key: dataclasses.asdict(config)[key] for key in ("method", *(FAQ_KEYS if faq else RTN_KEYS))}
+    parts = resolve(config)
+    if parts.needs_data and calibration_dir is None:
+        raise UserError(f"method '{config.method}' needs a calibration directory", "run calibrate first, or set method = 'rtn'")
+    settings = rounding_settings(config)
     inputs = {"model": bundle.fingerprint(model_dir)}
-    if faq and calibration_dir is not None:
+    if parts.needs_data and calibration_dir is not None:
         inputs["calibration"] = bundle.fingerprint(calibration_dir)
         if smoothing_dir is not None:
             inputs["smoothing"] = bundle.fingerprint(smoothing_dir)
@@ -69,18 +74,21 @@ def quantize(
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
     with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
+        info["method"] = config.method
         writer = QuantizedWriter(work, model)
-        if faq and calibration_dir is not None:
+        if parts.needs_data and calibration_dir is not None:
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
+            if smoothing_dir is not None:
+                shutil.copyfile(smoothing_dir / SCALES, work / SMOOTHING)
             _Run(model, load_calibration(calibration_dir), scales, config, writer, progress).run(info)
         else:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
-                    layer = rtn_layer(load_layer(model, index), config)
+                    layer = rtn_layer(load_layer(model, index), config, "mse" if parts.clip == "mse" else "absmax")
                     writer.write_layer(index, layer.quantized)
         rest: dict[str, torch.Tensor | QTensor] = {}
         if config.lm_head == "w8a8":
-            rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="mse" if faq else "absmax")
+            rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="absmax" if parts.clip == "absmax" else "mse")
         quantized = writer.finish(rest)
         _drop_states(work)
         info.update(layer_bytes(quantized))
@@ -88,7 +96,7 @@ def quantize(
 
 
 def rtn_layer(layer: DecoderLayer, config: QuantConfig, clip: Clip = "absmax") -> DecoderLayer:
-    """Every weight that the recipes name rounded to nearest, its largest magnitude on the grid's end."""
+    """Every weight that the recipes name rounded to nearest, by default its largest magnitude on the grid's end."""
     weights: dict[str, QTensor] = {}
     bits = attention_bits(config)
     if bits is not None:
@@ -104,7 +112,7 @@ def rtn_layer(layer: DecoderLayer, config: QuantConfig, clip: Clip = "absmax") -
 
 
 class _Run:
-    """FAQ over all layers, from the start or from the state that an interrupted run left."""
+    """A method that looks at samples over all layers, from the start or from the state that an interrupted run left."""
 
     def __init__(
         self, model: MoEVLM, calibration: Calibration, scales: dict[int, LayerScales], config: QuantConfig,
@@ -112,6 +120,7 @@ class _Run:
     ) -> None:
         self._model, self._calibration, self._scales, self._config = model, calibration, scales, config
         self._writer, self._progress = writer, progress
+        self._parts = resolve(config)
 
     @torch.no_grad()
     def run(self, info: dict[str, Any]) -> None:
@@ -120,21 +129,25 @@ class _Run:
             train, heldout = (self._prepare(store, held) for store, held in ((train_store, False), (heldout_store, True)))
             samples = [s for s, h in zip(self._calibration.samples, self._calibration.heldout, strict=True) if h]
             judge = Judge(self._model, samples, heldout.batches, heldout.store)
-            rho = torch.tensor([balanced_rho(self._calibration.gamma, train.batches), 1.0])
+            rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0])
             start, log = self._restore({"train": train, "heldout": heldout})
             if start:
                 self._progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
             for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
                 log.append(self._layer(index, train, heldout, judge, rho))
                 self._save({"train": train, "heldout": heldout}, index + 1, log)
-        info.update(layers=log, heldout_kl=log[-1]["kl"][log[-1]["weighting"]], rho_text=float(rho[0]),
-                    heldout_samples=len(samples))
+        bundle.write_json(self._writer.work_dir / LAYERS, log)
+        brief = [{key: entry[key] for key in ("layer", "weighting", "kl")} for entry in log]
+        info.update(layers=brief, heldout_kl=log[-1]["kl"][log[-1]["weighting"]], rho_text=float(rho[0]), heldout_samples=len(samples),
+                    heldout_is_calibration=not self._parts.chooses_weighting)
         chosen = ", ".join(entry["weighting"] for entry in log)
         self._progress.note(f"weightings by layer: {chosen}; held-out final-logit KL {info['heldout_kl']:.3g}")
 
     def _prepare(self, store: ActivationStore, held: bool) -> Stream:
-        chosen = [s for s, h in zip(self._calibration.samples, self._calibration.heldout, strict=True) if h == held]
-        batches = list(prepare_batches(self._model, chosen, store, stream="fp"))
+        """One side's streams. Held-out samples are calibrated on too where no choice is judged on them."""
+        kept = held or self._parts.chooses_weighting
+        samples = zip(self._calibration.samples, self._calibration.heldout, strict=True)
+        batches = list(prepare_batches(self._model, [s for s, h in samples if h == held or not kept], store, stream="fp"))
         for batch in batches:
             store.put(f"q/{batch.index}", store.get(f"fp/{batch.index}"))
         return Stream(batches, store)
@@ -143,14 +156,18 @@ class _Run:
         """Quantize one layer, keep the best weighting, write it, and move both streams behind it; the layer's log entry."""
         folded = fold_layer(load_layer(self._model, index), self._scales.get(index, LayerScales()))
         quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
-        wanted = WEIGHTINGS if self._config.weighting == "auto" else (self._config.weighting,)
+        wanted = self._parts.weightings
+        last = index + 1 == self._model.spec.num_layers
         candidates: dict[Weighting, DecoderLayer] = {}
         for weighting in wanted:
             candidates[weighting] = quantizer.quantize(weighting)
-            quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
-        found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
-        kl = {weighting: found[f"out.{weighting}"] for weighting in wanted}
-        best = min(wanted, key=lambda weighting: kl[weighting])
+            if last or len(wanted) > 1:
+                quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
+        kl: dict[Weighting, float] = {}
+        if last or len(wanted) > 1:
+            found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
+            kl = {weighting: found[f"out.{weighting}"] for weighting in wanted}
+        best = min(wanted, key=lambda weighting: kl[weighting]) if len(wanted) > 1 else wanted[0]
         layer = candidates[best]
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
@@ -160,7 +177,8 @@ class _Run:
                     stream.store.drop(f"{name}.next/{batch.index}")
         quantizer.release()
         self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
-        return {"layer": index, "weighting": best, "kl": kl}
+        errors = {group: error.tolist() for group, error in quantizer.errors[best].items()}
+        return {"layer": index, "weighting": best, "kl": kl, "errors": errors, "tokens": quantizer.tokens.tolist()}
 
     def _save(self, streams: dict[str, Stream], next_layer: int, log: list[dict[str, Any]]) -> None:
         """Keep what the next layer starts from: written beside, synced and renamed, so that it is whole or not there."""

@@ -20,11 +20,14 @@ NUM_SAMPLES = 32
 def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progress) -> tuple[float, dict[str, object]]:
     """Median over layers of mean |dL/d output| of text tokens over that of vision tokens, L the loss of the answers.
 
+    A layer's output is its MLP's; the report also has the ratio at its attention's output, which MBQ uses for the attention.
+
     At most 32 samples that have an image and an answer. Gradients go back one layer at a time, each layer's forward pass run
     again from its stored input, so that memory stays that of one layer.
 
     Returns:
-        gamma, and the ratio of each layer for the report.
+        gamma, and for the report the ratios of each layer, ``gamma_by_layer`` (MLP) and ``gamma_by_layer_attention``; None where
+        no answer depends on a vision token.
 
     Raises:
         UserError: no sample has both an image and an answer, or no gradient reaches a vision token.
@@ -34,7 +37,7 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
         raise UserError("gamma_text = 0 measures loss gradients, but no calibration sample has both an image and an answer",
                         "give answers, or set gamma_text, e.g. to 10")
     layers = model.spec.num_layers
-    sums = torch.zeros(layers, 2, dtype=torch.float64)
+    sums = torch.zeros(2, layers, 2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
     with ActivationStore() as store:
         batches = list(prepare_batches(model, usable, store, stream="input.0"))
@@ -55,21 +58,24 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
             layer = load_layer(model, index)
             for batch in batches:
                 gradient = store.get(f"gradient/{batch.index}")
-                for modality in (TEXT, VISION):
-                    inside = (batch.types == modality) & batch.valid
-                    sums[index, modality] += gradient[inside].abs().mean(-1).double().sum()
                 hidden = store.get(f"input.{index}/{batch.index}").clone().requires_grad_()
                 with torch.enable_grad():
-                    out = add_deepstack(layer.forward(hidden, batch.cos, batch.sin, batch.mask), index, batch, store)
-                    (earlier,) = torch.autograd.grad(out, hidden, gradient)
+                    attended, _ = layer.attend(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
+                    middle = hidden + attended
+                    out = add_deepstack(middle + layer.mlp(layer.moe_input(middle)), index, batch, store)
+                    earlier, inside = torch.autograd.grad(out, (hidden, middle), gradient)
+                for modality in (TEXT, VISION):
+                    rows = (batch.types == modality) & batch.valid
+                    for place, values in enumerate((gradient, inside)):
+                        sums[place, index, modality] += values[rows].abs().mean(-1).double().sum()
                 store.put(f"gradient/{batch.index}", earlier)
-    ratios = (sums[:, TEXT] / counts[TEXT]) / (sums[:, VISION] / counts[VISION])
+    ratios = (sums[..., TEXT] / counts[TEXT]) / (sums[..., VISION] / counts[VISION])
     # After the last attention no answer depends on a vision token: that layer has no ratio.
-    known = ratios[torch.isfinite(ratios)]
+    known = ratios[0][torch.isfinite(ratios[0])]
     if not len(known):
         raise UserError("the loss depends on no vision token in any layer", "set gamma_text, e.g. to 10")
-    by_layer = [ratio if ratio < float("inf") else None for ratio in ratios.tolist()]
-    return float(known.median()), {"gamma_by_layer": by_layer, "gamma_samples": len(usable)}
+    mlp, attention = ([ratio if ratio < float("inf") else None for ratio in row] for row in ratios.tolist())
+    return float(known.median()), {"gamma_by_layer": mlp, "gamma_by_layer_attention": attention, "gamma_samples": len(usable)}
 
 
 def _padded(rows: list[np.ndarray], length: int) -> torch.Tensor:

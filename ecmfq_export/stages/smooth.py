@@ -1,8 +1,8 @@
-"""Stage smooth: ECS on every norm that feeds quantized weights, on values, and on each expert's intermediate."""
+"""Stage smooth: a search for scales on every norm that feeds quantized weights, on values, and on each expert's intermediate."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,28 @@ from safetensors import safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
-from ecmfq_export.errors import BundleError
+from ecmfq_export.errors import BundleError, UserError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Progress
-from ecmfq_export.quant.ecs import EcsResult, search_per_expert, search_scale
-from ecmfq_export.quant.ecs_objective import Pairs, expert_importance
-from ecmfq_export.quant.token_weights import TEXT, VISION, cross_modal_scores, fusion_weight, text_weight
+from ecmfq_export.quant import mbq, smoothquant, veq
+from ecmfq_export.quant.ecs_objective import expert_importance
+from ecmfq_export.quant.sampled_outputs import Pairs
+from ecmfq_export.quant.token_weights import TEXT, VISION, combine, cross_modal_scores, fusion_weight, text_weight
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibrate import routed_mass
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales
-from ecmfq_export.stages.recipes import attention_bits, mlp_bits
+from ecmfq_export.stages.methods import SMOOTHINGS, resolve, smoothing_settings
+from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, prepare_batches
 
 SCALES, SEARCH = "scales.safetensors", "search.json"
 MAX_TOKENS = 16384
 """Tokens a layer's searches look at, search and held-out each; more are sampled down."""
 
-CONFIG_KEYS = ("attention", "smooth_rounding", "fusion_lambda", "seed")
+Side = tuple[list[Batch], ActivationStore]
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ def smooth(model_dir: Path, calibration_dir: Path, out_dir: Path, config: QuantC
     ``search.json`` (objectives before and after, gates) and the manifest.
 
     Raises:
-        UserError: a damaged checkpoint or calibration directory, NaN on the way, or a full disk.
+        UserError: a method without smoothing, a damaged checkpoint or calibration directory, NaN on the way, or a full disk.
     """
-    settings = {key: dataclasses.asdict(config)[key] for key in CONFIG_KEYS}
+    if resolve(config).smoothing == "none":
+        raise UserError(f"method '{config.method}' with smoothing = '{config.smoothing}' has no scales to search", "leave stage smooth out")
+    settings = smoothing_settings(config)
     inputs = {"model": bundle.fingerprint(model_dir), "calibration": bundle.fingerprint(calibration_dir)}
     if bundle.is_current(out_dir, "smooth", settings, inputs):
         progress.note(f"{out_dir}: up to date")
@@ -73,8 +77,8 @@ def smooth(model_dir: Path, calibration_dir: Path, out_dir: Path, config: QuantC
         write_safetensors(work / SCALES, tensors)
         bundle.write_json(work / SEARCH, log)
         searches = [entry for entry in log.values() if "accepted" in entry]
-        info.update(searches=len(searches), accepted=sum(bool(entry["accepted"]) for entry in searches))
-    progress.note(f"smoothing: {info['accepted']} of {info['searches']} searches passed their held-out gate")
+        info.update(smoothing=settings["smoothing"], searches=len(searches), accepted=sum(bool(entry["accepted"]) for entry in searches))
+    progress.note(f"smoothing by '{info['smoothing']}': {info['accepted']} of {info['searches']} searches found a scale that is kept")
     return out_dir
 
 
@@ -103,23 +107,25 @@ def search_model(
     """Search every layer while the floating-point activations stream through; the scales, and a log by search."""
     found: dict[int, LayerScales] = {}
     log: dict[str, dict[str, Any]] = {}
-    with ActivationStore() as train_store, ActivationStore() as heldout_store:
-        sides = []
-        for store, held in ((train_store, False), (heldout_store, True)):
-            chosen = [s for s, h in zip(calibration.samples, calibration.heldout, strict=True) if h == held]
-            sides.append((list(prepare_batches(model, chosen, store)), store))
-        rho = torch.tensor([balanced_rho(calibration.gamma, sides[0][0]), 1.0])
-        for index in progress.track(range(model.spec.num_layers), "search smoothing scales", model.spec.num_layers):
-            layer = load_layer(model, index)
-            train, heldout = (_tap(layer, index, batches, store, config, salt) for salt, (batches, store) in enumerate(sides))
-            scales = _search_layer(layer, index, train, heldout, rho, config, log)
-            if scales.named():
-                found[index] = scales
+    searcher = _Searcher(model, calibration, config)
+    if config.smooth_alpha == 0.0 and searcher.parts.smoothing == "smoothquant":
+        losses = torch.zeros(len(smoothquant.ALPHAS), dtype=torch.float64)
+        for _, layer, train, heldout in searcher.layers(progress, "choose the model's alpha"):
+            for target in searcher.targets(layer, train, heldout):
+                losses += smoothquant.alpha_losses(target.train, target.weight, target.omega, target.bits, tie=target.tie,
+                                                   rounding=searcher.parts.smooth_rounding, group_size=target.group_size)
+        searcher.options["alpha"] = smoothquant.ALPHAS[int(losses.argmin())]
+    for index, layer, train, heldout in searcher.layers(progress, "search smoothing scales"):
+        scales = searcher.search(index, layer, train, heldout, log)
+        if scales.named():
+            found[index] = scales
     return found, log
 
 
-def balanced_rho(gamma: float, batches: list[Batch]) -> float:
-    """rho of text tokens for these samples."""
+def text_rho(gamma: float, batches: list[Batch], balanced: bool) -> float:
+    """rho of text tokens for these samples: gamma itself, or clipped and balanced against the vision tokens' mass."""
+    if not balanced:
+        return gamma
     counts = [sum(int(((b.types == modality) & b.valid).sum()) for b in batches) for modality in (TEXT, VISION)]
     return text_weight(gamma, *counts)
 
@@ -148,61 +154,128 @@ def _tap(
     return Taps({name: shuffled.pop(name) for name in attention}, **shuffled)
 
 
-def _search_layer(
-    layer: DecoderLayer, index: int, train: Taps, heldout: Taps, rho: torch.Tensor, config: QuantConfig, log: dict[str, Any]
-) -> LayerScales:
-    rounding = config.smooth_rounding
-    one = torch.ones(1)
-    scales: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True)
+class _Target:
+    """Everything that one shared scale is searched for."""
 
-    def keep(name: str, result: EcsResult) -> None:
-        log[f"layers.{index}.{name}"] = result.summary()
-        if result.accepted:
-            scales[name] = result.scale
+    name: str
+    train: Pairs
+    heldout: Pairs
+    weight: torch.Tensor
+    omega: torch.Tensor
+    bits: int
+    group_size: int
+    tie: torch.Tensor | None
 
-    bits = attention_bits(config)
-    for group in attention_view.groups(layer.spec.attention) if bits is not None else ():
-        sides = (_dense_pairs(side, side.attention[group.name], rho) for side in (train, heldout))
-        keep(group.name, search_scale(*sides, attention_view.stacked_weight(layer, group), one, bits, rounding, group.tie))
-        if group.tie is not None and group.name in scales:
-            # One scale a channel of the producer: any of the columns that read it.
-            scales[group.name] = torch.ones(int(group.tie.max()) + 1).scatter_(0, group.tie, scales[group.name])
-    bits = mlp_bits(layer.spec, config)
-    if bits is None:
+
+class _Searcher:
+    """One method's search over the layers of a model."""
+
+    def __init__(self, model: MoEVLM, calibration: Calibration, config: QuantConfig) -> None:
+        self._model, self._calibration, self._config = model, calibration, config
+        self.parts = resolve(config)
+        self._method = SMOOTHINGS[self.parts.smoothing]
+        self._rho = 1.0
+        self.options: dict[str, float] = {}
+        if self.parts.smoothing == "ecs":
+            self.options["theta"] = config.theta
+        elif self.parts.smoothing == "smoothquant":
+            self.options["alpha"] = config.smooth_alpha
+
+    def layers(self, progress: Progress, description: str) -> Iterator[tuple[int, DecoderLayer, Taps, Taps]]:
+        """Every layer with what its searches read, search and held-out side.
+
+        A method without a gate has no use for samples that its search may not see: it searches on all of them.
+        """
+        samples = list(zip(self._calibration.samples, self._calibration.heldout, strict=True))
+        with ActivationStore() as train_store, ActivationStore() as heldout_store:
+            chosen = ([s for s, held in samples if not (held and self._method.gated)], [s for s, held in samples if held])
+            sides = [(list(prepare_batches(self._model, part, store)), store)
+                     for part, store in zip(chosen, (train_store, heldout_store), strict=True)]
+            self._rho = text_rho(self._calibration.gamma, sides[0][0], self.parts.balanced)
+            for index in progress.track(range(self._model.spec.num_layers), description, self._model.spec.num_layers):
+                layer = load_layer(self._model, index)
+                train, heldout = (_tap(layer, index, *side, self._config, salt) for salt, side in enumerate(sides))
+                yield index, layer, train, heldout
+
+    def search(self, index: int, layer: DecoderLayer, train: Taps, heldout: Taps, log: dict[str, Any]) -> LayerScales:
+        """The layer's scales; what was found goes into `log`."""
+        scales: dict[str, torch.Tensor] = {}
+        rounding = self.parts.smooth_rounding
+        for target in self.targets(layer, train, heldout):
+            result = self._method.shared(target.train, target.heldout, target.weight, target.omega, target.bits, rounding, target.tie,
+                                         group_size=target.group_size, **self.options)
+            log[f"layers.{index}.{target.name}"] = result.summary()
+            if result.accepted:
+                scales[target.name] = result.scale
+                if target.tie is not None:
+                    # One scale a channel of the producer: any of the columns that read it.
+                    scales[target.name] = torch.ones(int(target.tie.max()) + 1).scatter_(0, target.tie, result.scale)
+        bits = mlp_bits(layer.spec, self._config)
+        if bits is None or self._method.per_expert is None:
+            return LayerScales(**scales)
+        inner = (self._inner_pairs(layer, side) for side in (train, heldout))
+        _, down = mlp_view.stacked_weights(layer)
+        found = self._method.per_expert(*inner, down, bits, rounding, group_size=mlp_group_size(layer.spec, self._config))
+        accepted = found.accepted
+        if bool(accepted.any()):
+            scales["down"] = found.scale
+        log[f"layers.{index}.down"] = {
+            "experts": len(accepted), "experts_accepted": int(accepted.sum()),
+            "heldout_before": float(found.ratio_before[accepted].mean()) if bool(accepted.any()) else None,
+            "heldout_after": float(found.ratio_after[accepted].mean()) if bool(accepted.any()) else None,
+        }
         return LayerScales(**scales)
-    gate_up, down = mlp_view.stacked_weights(layer)
-    pairs, inner = zip(*(_mlp_pairs(layer, side, rho) for side in (train, heldout)), strict=True)
-    omega = _importance(layer, train)
-    keep("moe_input", search_scale(*pairs, gate_up, omega, bits, rounding))
-    result = search_per_expert(*inner, down, bits, rounding)
-    if bool(result.accepted.any()):
-        scales["down"] = result.scale
-    accepted = result.accepted
-    log[f"layers.{index}.down"] = {
-        "experts": len(accepted), "experts_accepted": int(accepted.sum()),
-        "heldout_before": float(result.ratio_before[accepted].mean()) if bool(accepted.any()) else None,
-        "heldout_after": float(result.ratio_after[accepted].mean()) if bool(accepted.any()) else None,
-    }
-    return LayerScales(**scales)
 
+    def targets(self, layer: DecoderLayer, train: Taps, heldout: Taps) -> Iterator[_Target]:
+        """What shares a scale in this layer, in the order of computation."""
+        bits = attention_bits(self._config)
+        for group in attention_view.groups(layer.spec.attention) if bits is not None else ():
+            if self._method.norms_only and not all("norm" in name for name in group.producers):
+                continue
+            sides = (self._dense_pairs(layer, side, side.attention[group.name]) for side in (train, heldout))
+            yield _Target(group.name, *sides, attention_view.stacked_weight(layer, group), torch.ones(1), bits, -1, group.tie)
+        bits = mlp_bits(layer.spec, self._config)
+        if bits is not None:
+            gate_up, _ = mlp_view.stacked_weights(layer)
+            sides = (self._mlp_pairs(layer, side) for side in (train, heldout))
+            group_size = mlp_group_size(layer.spec, self._config)
+            yield _Target("moe_input", *sides, gate_up, self._importance(layer, train), bits, group_size, None)
 
-def _dense_pairs(taps: Taps, x: torch.Tensor, rho: torch.Tensor) -> Pairs:
-    rows = torch.arange(len(x))
-    return Pairs(x, rows, torch.zeros_like(rows), rho[taps.types] * taps.phi, taps.types)
+    def _dense_pairs(self, layer: DecoderLayer, taps: Taps, x: torch.Tensor) -> Pairs:
+        """Pairs of a dense projection: no router, so w has no gate."""
+        rows, ones = torch.arange(len(x)), torch.ones(len(x))
+        rho = self._modality_weight(layer, taps.types, self._calibration.gamma_by_layer_attention)
+        return Pairs(x, rows, torch.zeros_like(rows), combine(self._method.weighting, rho, ones, taps.phi), taps.types)
 
+    def _mlp_pairs(self, layer: DecoderLayer, taps: Taps) -> Pairs:
+        """Pairs of the MLP's input, with the method's token weights."""
+        routed = mlp_view.route(layer, taps.moe_input)
+        return Pairs(taps.moe_input, routed.token, routed.expert, self._weights(layer, taps, routed), taps.types)
 
-def _mlp_pairs(layer: DecoderLayer, taps: Taps, rho: torch.Tensor) -> tuple[Pairs, Pairs]:
-    """Pairs of the MLP's input and of its intermediate, with w = rho * g * phi."""
-    routed = mlp_view.route(layer, taps.moe_input)
-    weight = (rho[taps.types] * taps.phi)[routed.token] * routed.gate
-    rows = torch.arange(len(routed.token))
-    inner = Pairs(mlp_view.intermediate(layer, taps.moe_input, routed), rows, routed.expert, weight, taps.types[routed.token])
-    return Pairs(taps.moe_input, routed.token, routed.expert, weight, taps.types), inner
+    def _inner_pairs(self, layer: DecoderLayer, taps: Taps) -> Pairs:
+        """Pairs of the MLP's intermediate, one row a pair."""
+        routed = mlp_view.route(layer, taps.moe_input)
+        inner = mlp_view.intermediate(layer, taps.moe_input, routed)
+        return Pairs(inner, torch.arange(len(inner)), routed.expert, self._weights(layer, taps, routed), taps.types[routed.token])
 
+    def _weights(self, layer: DecoderLayer, taps: Taps, routed: mlp_view.Routed) -> torch.Tensor:
+        rho = self._modality_weight(layer, taps.types, self._calibration.gamma_by_layer)
+        return combine(self._method.weighting, rho[routed.token], routed.gate, taps.phi[routed.token], self._config.gate_power)
 
-def _importance(layer: DecoderLayer, taps: Taps) -> torch.Tensor:
-    routed = mlp_view.route(layer, taps.moe_input)
-    if routed.routing is None:
-        return torch.ones(1)
-    shared = mlp_view.num_experts(layer) - routed.routing.scores.shape[1]
-    return expert_importance(routed_mass(routed.routing, layer, taps.types), shared)
+    def _modality_weight(self, layer: DecoderLayer, types: torch.Tensor, by_layer: list[float | None]) -> torch.Tensor:
+        """rho of each token, float32 [T]; MBQ has one of its own for each layer and block, where gradients were measured."""
+        text = self._rho
+        if self.parts.smoothing == "mbq":
+            known = any(ratio is not None for ratio in by_layer)
+            text = mbq.text_weight(by_layer, layer.spec.index) if known else self._calibration.gamma
+        return torch.tensor([text, 1.0])[types]
+
+    def _importance(self, layer: DecoderLayer, taps: Taps) -> torch.Tensor:
+        routed = mlp_view.route(layer, taps.moe_input)
+        if routed.routing is None or self._method.importance == "equal":
+            return torch.ones(mlp_view.num_experts(layer))
+        if self._method.importance == "consensus":
+            shared = mlp_view.num_experts(layer) - routed.routing.scores.shape[1]
+            return expert_importance(routed_mass(routed.routing, layer, taps.types), shared)
+        return veq.expert_importance(routed.expert, taps.types[routed.token], mlp_view.num_experts(layer), self._calibration.gamma)

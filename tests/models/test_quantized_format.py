@@ -204,6 +204,21 @@ def test_floats_keep_their_dtype_and_power_of_two_folds(source: MoEVLM, tmp_path
     assert writer.has_layer(0)
 
 
+def test_norms_and_routers_that_folds_made_inexact_are_float32(source: MoEVLM, tmp_path: Path) -> None:
+    writer = QuantizedWriter(tmp_path, source)
+    names = ("input_layernorm.weight", "mlp.router.weight", "self_attn.q_proj.weight")
+    folded = {name: source.tensor(f"layers.0.{name}").float() * 1.1 for name in names}
+    writer.write_layer(0, folded)
+    for index in (1, 2):
+        writer.write_layer(index, {})
+    written = writer.finish()
+    for name in names[:2]:
+        back = written.tensor(f"layers.0.{name}")
+        assert back.dtype == torch.float32 and torch.equal(back, folded[name])
+    assert written.tensor("layers.0.self_attn.q_proj.weight").dtype == torch.bfloat16
+    assert written.tensor("layers.2.input_layernorm.weight").dtype == torch.bfloat16
+
+
 def test_misuse(source: MoEVLM, quantized: MoEVLM, tmp_path: Path) -> None:
     writer = QuantizedWriter(tmp_path, source)
     with pytest.raises(ValueError, match="takes no tensor named"):

@@ -6,24 +6,10 @@ import torch
 from ecmfq_export.errors import UserError
 from ecmfq_export.quant import ecs
 from ecmfq_export.quant.activation import fake_quantize_per_token
-from ecmfq_export.quant.ecs_objective import Objective, Pairs, expert_importance
+from ecmfq_export.quant.ecs_objective import Objective, expert_importance
 from ecmfq_export.quant.rtn import quantize_rtn
-
-E, N, D, T = 6, 20, 48, 400
-
-
-def planted(seed: int, outliers: int = 4, factor: float = 30.0, experts: int = E) -> tuple[Pairs, torch.Tensor, torch.Tensor]:
-    """Tokens whose first channels are large, and experts that read them with small weights; the same planting for any seed."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(T, D, generator=g)
-    x[:, :outliers] *= factor
-    fixed = torch.Generator().manual_seed(99)
-    weight = torch.randn(experts, N, D, generator=fixed)
-    weight[..., :outliers] /= factor
-    types = (torch.rand(T, generator=g) < 0.5).long()
-    token = torch.arange(T).repeat(2)
-    pairs = Pairs(x, token, torch.randint(experts, (2 * T,), generator=g), 0.1 + torch.rand(2 * T, generator=g), types)
-    return pairs, weight, torch.full((experts,), 1.0 / experts)
+from ecmfq_export.quant.sampled_outputs import Pairs
+from tests.quant.planted import CASES, D, T, degenerate, planted
 
 
 def test_ratio_equals_its_definition():
@@ -40,6 +26,14 @@ def test_ratio_equals_its_definition():
     assert torch.allclose(ratios[e], (w * error).sum() / (w * reference.abs().sum(-1)).sum(), rtol=1e-4)
     value = Objective(pairs, weight, omega, 4, 10_000).value(scale)
     assert value == pytest.approx(0.8 * float(ratios.mean()) + 0.2 * float(ratios.max()), rel=1e-5)
+
+
+def test_theta_weighs_the_worst_experts():
+    pairs, weight, omega = planted(0)
+    scale = torch.linspace(0.5, 2, D)
+    ratios = Objective(pairs, weight, omega, 4, 64).ratios(scale)
+    mean, tail = (Objective(pairs, weight, omega, 4, 64, theta=theta).value(scale) for theta in (0.0, 1.0))
+    assert mean == pytest.approx(float(ratios.mean()), rel=1e-5) and tail == pytest.approx(float(ratios.max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("rounding", ["power_of_two", "real"])
@@ -90,19 +84,10 @@ def test_tied_channels_share_their_scale():
     assert torch.equal(result.scale[: D // 2], result.scale[D // 2 :])
 
 
-@pytest.mark.parametrize("case", ["an expert without tokens", "one token", "all on one expert", "no pairs"])
+@pytest.mark.parametrize("case", CASES)
 def test_degenerate_routing(case):
-    pairs, weight, omega = planted(0)
-    expert, keep = pairs.expert, torch.arange(2 * T)
-    if case == "an expert without tokens":
-        expert = torch.where(expert == 2, torch.tensor(3), expert)
-    elif case == "one token":
-        keep = torch.cat((torch.nonzero(expert == 2)[:1, 0], torch.nonzero(expert != 2)[:, 0]))
-    elif case == "all on one expert":
-        expert = torch.full_like(expert, 1)
-    else:
-        keep = keep[:0]
-    pairs = Pairs(pairs.x, pairs.token[keep], expert[keep], pairs.weight[keep], pairs.types)
+    _, weight, omega = planted(0)
+    pairs = degenerate(case)
     result = ecs.search_scale(pairs, pairs, weight, omega, 4)
     assert bool(torch.isfinite(result.scale).all())
     assert result.accepted == (case != "no pairs")

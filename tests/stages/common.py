@@ -11,6 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ecmfq_export.config import QuantConfig
+from ecmfq_export.models.inputs import prepare_inputs
+from ecmfq_export.models.moe_vlm import open_model
+from ecmfq_export.models.torch_decoder import run_decoder
+from ecmfq_export.runtime.processor import Processor
+from ecmfq_export.stages.samples import load_pool
 
 SETTINGS = QuantConfig(num_samples=10, seed=3)
 
@@ -54,3 +59,15 @@ def plant_outliers(checkpoint: Path, factor: float = 32.0, channels: int = 6) ->
 def file_hashes(directory: Path) -> dict[str, str]:
     """What a finished stage says its files hash to."""
     return json.loads((directory / "manifest.json").read_text())["files"]
+
+
+def divergence(model_dir: Path, quantized_dir: Path, pool: Path) -> float:
+    """Mean final-logit KL at all text positions of `pool`."""
+    processor = Processor(model_dir)
+    samples = [sample.process(processor) for sample in load_pool(pool)]
+    original, quantized = open_model(model_dir), open_model(quantized_dir)
+    with torch.no_grad():
+        inputs = prepare_inputs(original, samples)
+        seen = torch.arange(inputs.token_types.shape[1]) < inputs.lengths[:, None]
+        p, q = (run_decoder(model, inputs)[seen].double().log_softmax(-1) for model in (original, quantized))
+    return float((p.exp() * (p - q)).sum(-1).mean())

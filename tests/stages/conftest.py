@@ -22,6 +22,12 @@ def pool(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fresh_pool(tmp_path_factory) -> Path:
+    """Samples that no calibration has seen."""
+    return make_pool(tmp_path_factory.mktemp("fresh"), size=8, seed=9)
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A random model with planted outlier channels."""
     directory = make_qwen3_vl_moe(tmp_path_factory.mktemp("tiny"), seed=1)

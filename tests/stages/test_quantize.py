@@ -13,34 +13,13 @@ from safetensors.torch import load_file, save_file
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
-from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import open_model
-from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.progress import Silent
-from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.stages.quantize import quantize
-from ecmfq_export.stages.samples import load_pool
-from tests.stages.common import SETTINGS, file_hashes, make_pool
+from tests.stages.common import SETTINGS, divergence, file_hashes
 from tests.tiny_models import make_qwen3_vl_moe
 
 RTN = QuantConfig(method="rtn")
-
-
-def divergence(model_dir: Path, quantized_dir: Path, pool: Path) -> float:
-    """Mean final-logit KL at all text positions of `pool`."""
-    processor = Processor(model_dir)
-    samples = [sample.process(processor) for sample in load_pool(pool)]
-    original, quantized = open_model(model_dir), open_model(quantized_dir)
-    with torch.no_grad():
-        inputs = prepare_inputs(original, samples)
-        seen = torch.arange(inputs.token_types.shape[1]) < inputs.lengths[:, None]
-        p, q = (run_decoder(model, inputs)[seen].double().log_softmax(-1) for model in (original, quantized))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-@pytest.fixture(scope="session")
-def fresh_pool(tmp_path_factory) -> Path:
-    return make_pool(tmp_path_factory.mktemp("fresh"), size=8, seed=9)
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +129,7 @@ def test_recipes(tiny, calibrated, smoothed, fresh_pool, tmp_path, change):
     assert model.recipe("layers.0.self_attn.q_proj.weight") == {"fp16": "float"}.get(change["attention"], change["attention"])
     assert model.recipe("lm_head.weight") == ("w8a8" if "lm_head" in change else "float")
     assert divergence(tiny, out, fresh_pool) < 0.2
-    assert list(bundle.read_manifest(out).info["layers"][0]["kl"]) == [change["weighting"]]
+    assert list(bundle.read_manifest(out).info["layers"][-1]["kl"]) == [change["weighting"]]
 
 
 def test_a_dense_layer_follows_the_attention_recipe(calibrated, fresh_pool, tmp_path):
