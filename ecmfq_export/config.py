@@ -28,6 +28,9 @@ class QuantConfig:
         group_size: -1, one scale an output channel; 128, plus int8 group multipliers.
         num_samples: calibration samples that MACS picks from the pool (K).
         selection: how samples are picked: ``macs`` or ``random``.
+        rotate: ``residual`` rotates the residual stream before anything else; ``residual_online`` also the inputs of the MLPs' down
+            projections, in blocks and while the model runs, which no exported graph does.
+        rotate_values: whether values are rotated within attention heads too; needs `rotate`.
         smooth: whether ECS searches smoothing scales.
         smooth_rounding: ``power_of_two`` keeps folds exact in any binary floating type; ``real`` does not.
         weighting: FAQ token weights: ``auto`` keeps the best per layer by held-out final-logit KL.
@@ -45,6 +48,8 @@ class QuantConfig:
     group_size: Literal[-1, 128] = -1
     num_samples: int = 128
     selection: Literal["macs", "random"] = "macs"
+    rotate: Literal["none", "residual", "residual_online"] = "none"
+    rotate_values: bool = False
     smooth: bool = True
     smooth_rounding: Literal["power_of_two", "real"] = "power_of_two"
     weighting: Literal["auto", "none", "rho", "rho_g", "rho_g_phi"] = "auto"
@@ -121,6 +126,8 @@ def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
     for key, holds in checks.items():
         if not holds:
             raise UserError(f"{source}: {key} = {getattr(config, key)} is out of range", "see --help for its meaning")
+    if isinstance(config, QuantConfig) and config.rotate_values and config.rotate == "none":
+        raise UserError(f"{source}: rotate_values = true with rotate = 'none'", "set rotate = 'residual' or 'residual_online'")
 
 
 def load_toml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,55 @@
+"""Stage rotate: the same floating-point model in a basis without outlier channels, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ecmfq_export import bundle
+from ecmfq_export.config import QuantConfig
+from ecmfq_export.errors import UnsupportedError, UserError
+from ecmfq_export.models.moe_vlm import open_model
+from ecmfq_export.models.quantized_format import QuantizedWriter
+from ecmfq_export.models.rotated import NOTE, RotatedModel, write_note
+from ecmfq_export.progress import Progress
+
+CONFIG_KEYS = ("rotate_values", "seed")
+
+
+@torch.no_grad()
+def rotate(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+    """Write the rotated checkpoint of `model_dir` to `out_dir`, float32, one tensor in memory at a time.
+
+    It is a Hugging Face directory of the same family with the same tensor names, whose function is the original's: see
+    :mod:`ecmfq_export.models.rotated`. An interrupted run continues after its last finished layer.
+
+    Raises:
+        UserError: ``config.rotate`` is ``none``, the model is quantized or rotated already, a part of it is not supported, a
+            damaged tensor, or a full disk.
+    """
+    if config.rotate == "none":
+        raise UserError("nothing to rotate: rotate = 'none'", "set rotate = 'residual' or 'residual_online'")
+    settings = {key: dataclasses.asdict(config)[key] for key in CONFIG_KEYS}
+    inputs = {"model": bundle.fingerprint(model_dir)}
+    if bundle.is_current(out_dir, "rotate", settings, inputs):
+        progress.note(f"{out_dir}: up to date")
+        return out_dir
+    model = open_model(model_dir)
+    if model.quantization is not None:
+        raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
+    if (model_dir / NOTE).exists():
+        raise UnsupportedError(f"{model_dir} is rotated already: it has a {NOTE}", "give the original, or set rotate = 'none'")
+    rotated = RotatedModel(model, config.seed, config.rotate_values)
+    with bundle.write_stage(out_dir, "rotate", settings, inputs, resume=True) as (work, info):
+        # A writer of checkpoints that is given no quantized weight copies every tensor, here the view's.
+        writer = QuantizedWriter(work, rotated)
+        layers = range(rotated.spec.num_layers)
+        for index in progress.track(layers, "rotate, layer by layer", len(layers)):
+            if not writer.has_layer(index):
+                writer.write_layer(index, {})
+        writer.finish()
+        write_note(work, rotated, config.seed, config.rotate_values)
+        info.update(block=rotated.rotation.block, untied=model.spec.tie_word_embeddings)
+    return out_dir
