@@ -24,7 +24,7 @@ from ecmfq_export.quant.rtn import Clip, quantize_rtn
 from ecmfq_export.quant.token_weights import WEIGHTINGS, Weighting
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
-from ecmfq_export.stages.fold import LayerScales, fold_layer
+from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
 from ecmfq_export.stages.judge import Judge
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
 from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
@@ -34,8 +34,8 @@ from ecmfq_export.stages.streams import ActivationStore, prepare_batches
 STATE = ".state"
 """Prefix of directories, inside the stage's working directory, with the activations that enter the next layer."""
 
-FAQ_KEYS = ("attention", "lm_head", "group_size", "weighting", "fusion_lambda", "percdamp", "shrinkage_kappa", "seed")
-RTN_KEYS = ("attention", "lm_head", "group_size")
+FAQ_KEYS = ("attention", "lm_head", "group_size", "weighting", "fusion_lambda", "percdamp", "shrinkage_kappa", "rotate", "seed")
+RTN_KEYS = ("attention", "lm_head", "group_size", "rotate")
 
 
 def quantize(
@@ -69,14 +69,14 @@ def quantize(
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
     with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
-        writer = QuantizedWriter(work, model)
+        writer = QuantizedWriter(work, model, rotated_down=config.rotate == "residual_online")
         if faq and calibration_dir is not None:
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
             _Run(model, load_calibration(calibration_dir), scales, config, writer, progress).run(info)
         else:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
-                    layer = rtn_layer(load_layer(model, index), config)
+                    layer = rtn_layer(_prepared(model, index, LayerScales(), config), config)
                     writer.write_layer(index, layer.quantized)
         rest: dict[str, torch.Tensor | QTensor] = {}
         if config.lm_head == "w8a8":
@@ -85,6 +85,12 @@ def quantize(
         _drop_states(work)
         info.update(layer_bytes(quantized))
     return out_dir
+
+
+def _prepared(model: MoEVLM, index: int, scales: LayerScales, config: QuantConfig) -> DecoderLayer:
+    """The floating-point layer as it is to be quantized: scales folded in, a quantized down projection's inputs rotated if asked."""
+    layer = fold_layer(load_layer(model, index), scales)
+    return rotate_down(layer) if config.rotate == "residual_online" and mlp_bits(layer.spec, config) is not None else layer
 
 
 def rtn_layer(layer: DecoderLayer, config: QuantConfig, clip: Clip = "absmax") -> DecoderLayer:
@@ -141,7 +147,7 @@ class _Run:
 
     def _layer(self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor) -> dict[str, Any]:
         """Quantize one layer, keep the best weighting, write it, and move both streams behind it; the layer's log entry."""
-        folded = fold_layer(load_layer(self._model, index), self._scales.get(index, LayerScales()))
+        folded = _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config)
         quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
         wanted = WEIGHTINGS if self._config.weighting == "auto" else (self._config.weighting,)
         candidates: dict[Weighting, DecoderLayer] = {}

@@ -31,7 +31,7 @@ SCALES, SEARCH = "scales.safetensors", "search.json"
 MAX_TOKENS = 16384
 """Tokens a layer's searches look at, search and held-out each; more are sampled down."""
 
-CONFIG_KEYS = ("attention", "smooth_rounding", "fusion_lambda", "seed")
+CONFIG_KEYS = ("attention", "smooth_rounding", "fusion_lambda", "rotate", "seed")
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,9 @@ def _search_layer(
     pairs, inner = zip(*(_mlp_pairs(layer, side, rho) for side in (train, heldout)), strict=True)
     omega = _importance(layer, train)
     keep("moe_input", search_scale(*pairs, gate_up, omega, bits, rounding))
+    if config.rotate == "residual_online":
+        # The rotation mixes the intermediate's channels: scales that are judged one channel at a time have no meaning behind it.
+        return LayerScales(**scales)
     result = search_per_expert(*inner, down, bits, rounding)
     if bool(result.accepted.any()):
         scales["down"] = result.scale
