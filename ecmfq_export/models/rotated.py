@@ -54,12 +54,15 @@ class _Rows:
 
 @dataclass
 class _Change:
-    """What happens to one tensor: columns scaled by a norm, columns rotated, rows rotated; or all ones."""
+    """What happens to one tensor: columns scaled by a norm, columns rotated, rows rotated; or all ones; or nothing."""
 
     norm: str = ""
     columns: Rotation | None = None
     rows: _Rows | None = None
     ones: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.norm) or self.columns is not None or self.rows is not None or self.ones
 
 
 class RotatedModel(MoEVLM):
@@ -69,7 +72,7 @@ class RotatedModel(MoEVLM):
         model: floating point.
         seed: of the rotations.
         values: whether values are rotated within heads too.
-        dtype: of every tensor.
+        dtype: of every tensor that changes; the others keep their stored one.
 
     Raises:
         UnsupportedError: a tensor whose part in the residual stream is not known, or tied embeddings that the family cannot untie.
@@ -101,12 +104,14 @@ class RotatedModel(MoEVLM):
             self._changes[prefix + path.consumer].columns = within.repeated(heads)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        self._source(name)
-        return self.dtype
+        stored = super().stored_dtype(name)
+        return self.dtype if self._changes[name] else stored
 
     def tensor(self, name: str) -> torch.Tensor:
         """The rotated tensor; memory beside it as `_CHUNK` says."""
         shape, change = self.shape(name), self._changes[name]
+        if not change:
+            return super().tensor(name)
         if len(shape) == 1 or (change.rows is not None and len(shape) == 2):
             return self._rotated(change, super().tensor(name))
         out = torch.empty(shape, dtype=self.dtype)
@@ -117,6 +122,8 @@ class RotatedModel(MoEVLM):
 
     def tensor_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         shape, change = self.shape(name), self._changes[name]
+        if not change:
+            return super().tensor_rows(name, start, stop)
         if change.rows is not None and len(shape) < 3:
             return self.tensor(name)[start:stop].clone()
         return self._rotated(change, super().tensor_rows(name, start, stop))

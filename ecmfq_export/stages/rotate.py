@@ -20,9 +20,10 @@ CONFIG_KEYS = ("rotate_values", "seed")
 
 @torch.no_grad()
 def rotate(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
-    """Write the rotated checkpoint of `model_dir` to `out_dir`, float32, one tensor in memory at a time.
+    """Write the rotated checkpoint of `model_dir` to `out_dir`, one tensor in memory at a time.
 
-    It is a Hugging Face directory of the same family with the same tensor names, whose function is the original's: see
+    What changes becomes float32, since rotated values no longer fit 16 bits without loss; the rest keeps its type. It is a Hugging
+    Face directory of the same family with the same tensor names, whose function is the original's: see
     :mod:`ecmfq_export.models.rotated`. An interrupted run continues after its last finished layer.
 
     Raises:

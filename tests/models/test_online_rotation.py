@@ -116,7 +116,9 @@ def test_other_transforms_are_refused_by_name(quantized, tmp_path, change, messa
         open_model(path)
 
 
-@pytest.mark.parametrize("target", ["Linear", r"re:.*self_attn\.o_proj$", r"re:.*\.mlp\.experts\.\d+\.gate_proj$", r"re:.*experts\.3\.down_proj"])
+@pytest.mark.parametrize("target", [
+    "Linear", r"re:.*self_attn\.o_proj$", r"re:.*\.mlp\.experts\.\d+\.gate_proj$", r"re:.*experts\.3\.down_proj",
+])  # fmt: skip
 def test_other_places_are_refused_by_name(quantized, tmp_path, target):
     def aim(group):
         for place in group["apply"]:

@@ -59,13 +59,19 @@ def test_files_are_the_view(tiny, rotated):
     assert info == {"block": 128, "untied": False}
 
 
-def test_a_bfloat16_checkpoint_becomes_float32(tmp_path):
+def test_what_changes_in_a_bfloat16_checkpoint_becomes_float32(tmp_path):
     """Rounding rotated weights back to 8 bits of mantissa would lose what the original held."""
     tiny = make_qwen3_vl_moe(tmp_path / "model", dtype=torch.bfloat16)
     out = rotate(tiny, tmp_path / "rotated", CONFIG, Silent())
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "float32" and json.loads((tiny / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {open_model(out).stored_dtype(name) for name in open_model(out).names()} == {torch.float32}
+    before, after = open_model(tiny), open_model(out)
+    kept = {name for name in after.names() if after.stored_dtype(name) == torch.bfloat16}
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in kept)
+    assert {after.stored_dtype(name) for name in set(after.names()) - kept} == {torch.float32}
+    assert {name for name in after.names() if "vision" not in name} & kept == {
+        f"layers.{i}.self_attn.{part}_norm.weight" for i in range(2) for part in "qk"}
+    assert "vision.merger.linear_fc1.weight" in kept and "vision.merger.linear_fc2.bias" not in kept
 
 
 def test_tied_embeddings_are_untied(tmp_path):
