@@ -17,7 +17,7 @@ KEY = "transform_config"
 DOWN = ("mlp.experts.down_proj", "mlp.down_proj.weight")
 """Canonical suffixes of what such a transform may stand before."""
 
-_PATTERNS = (r"re:.*\.mlp\.experts\.\d+\.down_proj$", r"re:.*\.mlp\.down_proj$")
+_PATTERNS = (r"re:.*\.mlp\.(shared_)?experts\.\d+\.down_proj$", r"re:.*\.mlp\.down_proj$")
 
 
 def transform_config(blocks: Mapping[str, int]) -> dict[str, Any] | None:

@@ -155,7 +155,7 @@ class QuantizedWriter:
         """Tensors on disk of a floating tensor; None copies it, in the canonical layout."""
         model, source, dtype = self.model, self.model.float_source(name), self.model.stored_dtype(name)
         if tensor is None and isinstance(source, ExpertsSource):
-            return {part: TensorToWrite(dtype, shape, partial(model.checkpoint.load, part))
+            return {part: TensorToWrite(dtype, shape, partial(model.disk_part, name, part))
                     for part, shape in source.disk_shapes().items()}
         if tensor is None:
             return {source.name: TensorToWrite(dtype, source.shape, lambda: model.tensor(name))}
@@ -185,9 +185,8 @@ class QuantizedWriter:
         blocks: dict[str, int] = {}
         for name in schemes:
             if name.endswith(DOWN):
-                shape = self.model.shape(name)
-                modules = quantizable_modules(name, shape, self.model.family.disk_name)
-                blocks.update({module: online_block(shape[-1]) for parts in modules for module in parts})
+                block = online_block(self.model.shape(name)[-1])
+                blocks.update({module: block for parts in _modules(self.model, name) for module in parts})
         return blocks
 
     def _copy_side_files(self) -> None:

@@ -80,6 +80,7 @@ SUPPORTED: Mapping[str, Family] = {
         build_vision=kimi_vl.build_vision,
         vision_state=kimi_vl.vision_state,
         finish_vision=kimi_vision.finish,
+        residual_writers=kimi_vl.residual_writers,
     ),
     "kimi_k25": Family(
         name="kimi_k25",
@@ -91,6 +92,7 @@ SUPPORTED: Mapping[str, Family] = {
         build_vision=kimi_vl.build_vision,
         vision_state=_same_state,
         finish_vision=kimi_vision.finish,
+        residual_writers=kimi_vl.k25_residual_writers,
     ),
 }
 """Families by ``model_type``."""

@@ -13,12 +13,12 @@ from typing import Literal
 
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.models.moe_vlm import layer_shapes
-from ecmfq_export.models.spec import GqaSpec, ModelSpec
+from ecmfq_export.models.spec import GqaSpec, MlaSpec, ModelSpec
 
 EMBEDDINGS, FINAL_NORM, OUTPUT = "embed_tokens.weight", "norm.weight", "lm_head.weight"
 
 _READERS: Mapping[str, tuple[str, ...]] = {
-    "input_layernorm.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "input_layernorm.weight": tuple(f"self_attn.{part}_proj.weight" for part in ("q", "k", "v", "q_a", "kv_a")),
     "post_attention_layernorm.weight": (
         "mlp.router.weight", "mlp.experts.gate_up_proj", "mlp.gate_proj.weight", "mlp.up_proj.weight",
     ),
@@ -28,7 +28,7 @@ _READERS: Mapping[str, tuple[str, ...]] = {
 _WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.experts.down_proj", "mlp.down_proj.weight")
 _INSIDE = (
     *(f"self_attn.{part}_proj.bias" for part in "qkv"), "self_attn.q_norm.weight", "self_attn.k_norm.weight",
-    "mlp.router.selection_bias",
+    *(f"self_attn.{part}.weight" for part in ("q_a_norm", "q_b_proj", "kv_a_norm", "kv_b_proj")), "mlp.router.selection_bias",
 )  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def value_path(attention: object) -> ValuePath:
     """
     if isinstance(attention, GqaSpec):
         return ValuePath(attention.head_dim, ("self_attn.v_proj.weight", "self_attn.v_proj.bias"))
+    if isinstance(attention, MlaSpec):
+        return ValuePath(attention.v_head_dim, ("self_attn.kv_b_proj.weight",), skipped=attention.qk_nope_head_dim)
     raise UnsupportedError(f"values of {type(attention).__name__} cannot be rotated", "set rotate_values = false")
 
 

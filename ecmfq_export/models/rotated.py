@@ -2,10 +2,10 @@
 
 With Q orthogonal and R_l orthogonal within a head of layer l (both from :mod:`ecmfq_export.quant.hadamard`)::
 
-    reads behind a norm of weight g      W  <- W diag(g) Q          q, k, v; router, gate and up of every expert; lm_head
+    reads behind a norm of weight g      W  <- W diag(g) Q          q, k, v (MLA: q or q_a, kv_a); router, gate and up; lm_head
     writes                               W  <- Q^T W, b <- b Q      o, down; embeddings (rows); the vision tower's last layers
     norm                                 g  <- 1
-    values, where asked for              W_v <- R_l^T W_v (each head), W_o <- W_o R_l (each head)
+    values, where asked for              W_v <- R_l^T W_v (each head; MLA: value rows of kv_b), W_o <- W_o R_l (each head)
 
 Products are computed in float64 and rounded once. Tied embeddings are untied, since only the output matrix takes the
 final norm's weight.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
+from ecmfq_export.models.float_source import ExpertsSource, FloatSource
 from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.residual import EMBEDDINGS, OUTPUT, Role, residual_roles, value_path
 from ecmfq_export.models.spec import ModelSpec
@@ -85,10 +87,12 @@ class RotatedModel(MoEVLM):
         config, spec = _untied(model)
         shapes, sources = dict(model._shapes), dict(model._sources)
         if model.spec.tie_word_embeddings:
-            shapes[OUTPUT], sources[OUTPUT] = shapes[EMBEDDINGS], sources[EMBEDDINGS]
+            shapes[OUTPUT] = shapes[EMBEDDINGS]
+            sources[OUTPUT] = FloatSource(model.family.disk_name(OUTPUT), shapes[OUTPUT])
         _set_dtype(config, str(dtype).removeprefix("torch."))
         super().__init__(model.path, config, model.family, spec, model.checkpoint, shapes, sources, None)
         self.dtype = dtype
+        self._origin = {OUTPUT: EMBEDDINGS} if model.spec.tie_word_embeddings else {}
         self.rotation = randomized_hadamard(spec.hidden_size, seed)
         vision = [name for name in shapes if name.startswith("vision.")]
         roles = residual_roles(spec, model.family.residual_writers(spec), vision)
@@ -104,29 +108,41 @@ class RotatedModel(MoEVLM):
             self._changes[prefix + path.consumer].columns = within.repeated(heads)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        stored = super().stored_dtype(name)
-        return self.dtype if self._changes[name] else stored
+        self._source(name)
+        return self.dtype if self._changes[name] else super().stored_dtype(name)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The rotated tensor; memory beside it as `_CHUNK` says."""
-        shape, change = self.shape(name), self._changes[name]
-        if not change:
+        if not self._changes[name]:
             return super().tensor(name)
-        if len(shape) == 1 or (change.rows is not None and len(shape) == 2):
-            return self._rotated(change, super().tensor(name))
-        out = torch.empty(shape, dtype=self.dtype)
-        step = max(1, _CHUNK // max(1, out[0].numel()))
-        for start in range(0, shape[0], step):
-            out[start : start + step] = self._rotated(change, super().tensor_rows(name, start, min(start + step, shape[0])))
-        return out
+        if self._row_by_row(name):
+            return self.tensor_rows(name, 0, self.shape(name)[0])
+        return self._rotated(self._changes[name], super().tensor(name))
 
     def tensor_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape, change = self.shape(name), self._changes[name]
-        if not change:
+        if not self._changes[name]:
             return super().tensor_rows(name, start, stop)
-        if change.rows is not None and len(shape) < 3:
+        if not self._row_by_row(name):
             return self.tensor(name)[start:stop].clone()
-        return self._rotated(change, super().tensor_rows(name, start, stop))
+        shape = self.shape(name)
+        out = torch.empty(stop - start, *shape[1:], dtype=self.dtype)
+        step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+        for first in range(start, stop, step):
+            rows = super().tensor_rows(self._origin.get(name, name), first, min(first + step, stop))
+            out[first - start : first - start + step] = self._rotated(self._changes[name], rows)
+        return out
+
+    def disk_part(self, name: str, part: str) -> torch.Tensor:
+        if not self._changes[name]:
+            return super().disk_part(name, part)
+        source = self.float_source(name)
+        if not isinstance(source, ExpertsSource):
+            raise ValueError(f"'{name}' is one tensor on disk")
+        return source.part(part, lambda start, stop: self.tensor_rows(name, start, stop))
+
+    def _row_by_row(self, name: str) -> bool:
+        """Whether rows of the first axis (experts, vocabulary) change each by itself."""
+        return len(self.shape(name)) == 3 or (len(self.shape(name)) == 2 and self._changes[name].rows is None)
 
     def _change(self, name: str, role: Role) -> _Change:
         if role.kind == "norm":

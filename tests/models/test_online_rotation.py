@@ -51,7 +51,7 @@ def test_config_says_where_and_in_which_blocks(quantized):
     assert [load_layer(quantized, index).down_block for index in range(2)] == [32, 64]
     groups = quantized.config["quantization_config"]["transform_config"]["config_groups"]
     assert {name: group["apply"][0]["targets"] for name, group in groups.items()} == {
-        "down_32": [r"re:.*\.mlp\.experts\.\d+\.down_proj$"], "down_64": [r"re:.*\.mlp\.down_proj$"]}  # fmt: skip
+        "down_32": [r"re:.*\.mlp\.(shared_)?experts\.\d+\.down_proj$"], "down_64": [r"re:.*\.mlp\.down_proj$"]}  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "columns"), [("down_32", 96), ("down_64", 320)])

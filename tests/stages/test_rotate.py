@@ -16,13 +16,14 @@ from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
 from ecmfq_export.models.rotated import RotatedModel, residual_rotation
-from ecmfq_export.models.torch_decoder import load_layer
+from ecmfq_export.models.torch_decoder import load_layer, run_decoder
 from ecmfq_export.progress import Silent
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.stages.quantize import quantize
 from ecmfq_export.stages.rotate import rotate
 from ecmfq_export.stages.samples import load_pool
 from tests.stages.common import file_hashes
+from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
 
 CONFIG = QuantConfig(method="rtn", rotate="residual", seed=2)
@@ -80,6 +81,23 @@ def test_tied_embeddings_are_untied(tmp_path):
     assert not open_model(out).spec.tie_word_embeddings and bundle.read_manifest(out).info["untied"]
     before, after = hf_logits(tiny), hf_logits(out)
     assert float((before - after).abs().max()) < 1e-4 * float(before.pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("make", [make_kimi_vl, make_kimi_k25])
+def test_every_form_on_disk_is_written_as_it_was(tmp_path, make):
+    """Experts one by one, shared ones as one MLP, latent attention: the same names as before, the rotated view behind them."""
+    tiny = make(tmp_path / "model")
+    out = rotate(tiny, tmp_path / "rotated", replace(CONFIG, rotate_values=True), Silent())
+    before, after = open_model(tiny), open_model(out)
+    assert set(after.checkpoint.names()) == set(before.checkpoint.names())
+    view = RotatedModel(before, CONFIG.seed, values=True)
+    assert all(torch.equal(after.tensor(name), view.tensor(name)) for name in view.names())
+    samples = [kimi_sample(1, [(1, 4, 4)]), kimi_sample(2)]
+    with torch.no_grad():
+        sides = [run_decoder(m, prepare_inputs(m, samples)) for m in (before, after)]
+    assert float((sides[0] - sides[1]).abs().max()) < 1e-4 * float(sides[0].pow(2).mean().sqrt())
+    quantized = quantize(out, None, None, tmp_path / "q", QuantConfig(method="rtn", rotate="residual_online"), Silent())
+    assert set(open_model(quantized).quantization.blocks.values()) == {32}
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tiny, rotated, tmp_path, monkeypatch):
