@@ -37,6 +37,10 @@ class Paths:
     root: Path
 
     @property
+    def rotated(self) -> Path:
+        return self.root / "stages" / "rotated"
+
+    @property
     def calibration(self) -> Path:
         return self.root / "stages" / "calibration"
 

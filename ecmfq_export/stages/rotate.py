@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 from pathlib import Path
 
 import torch
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
-from ecmfq_export.errors import UnsupportedError, UserError
+from ecmfq_export.errors import BundleError, UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
 from ecmfq_export.models.rotated import NOTE, RotatedModel, write_note
@@ -43,6 +45,7 @@ def rotate(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progre
     if (model_dir / NOTE).exists():
         raise UnsupportedError(f"{model_dir} is rotated already: it has a {NOTE}", "give the original, or set rotate = 'none'")
     rotated = RotatedModel(model, config.seed, config.rotate_values)
+    _require_space(rotated, out_dir)
     with bundle.write_stage(out_dir, "rotate", settings, inputs, resume=True) as (work, info):
         # A writer of checkpoints that is given no quantized weight copies every tensor, here the view's.
         writer = QuantizedWriter(work, rotated)
@@ -54,3 +57,18 @@ def rotate(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progre
         write_note(work, rotated, config.seed, config.rotate_values)
         info.update(block=rotated.rotation.block, untied=model.spec.tie_word_embeddings)
     return out_dir
+
+
+def _require_space(model: RotatedModel, out_dir: Path) -> None:
+    """Refuse to start what will not fit; what an interrupted run left there counts as written.
+
+    Raises:
+        BundleError: with the bytes that are needed and those that are free.
+    """
+    needed = sum(math.prod(model.shape(name)) * model.stored_dtype(name).itemsize for name in model.names())
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    written = sum(file.stat().st_size for file in bundle.partial_dir(out_dir).glob("*.safetensors"))
+    free = shutil.disk_usage(out_dir.parent).free
+    if free + written < needed:
+        raise BundleError(f"the rotated checkpoint takes {needed / 1e9:.2f} GB, {out_dir.parent} has {free / 1e9:.2f} GB free",
+                          "free disk space, choose another --output, or set rotate = 'none'")

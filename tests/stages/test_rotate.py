@@ -1,8 +1,10 @@
 """Stage rotate: a valid checkpoint with the original's function, resumable, skipped when current, and refused by name."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
-from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
+from ecmfq_export.errors import BundleError, CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
@@ -166,6 +168,16 @@ def test_what_cannot_be_done_is_refused_by_name(tiny, rotated, tmp_path):
     with pytest.raises(UnsupportedError, match="quantized already"):
         rotate(quantized, out, CONFIG, Silent())
     assert not out.exists()
+
+
+def test_a_full_disk_is_said_before_any_work(tiny, tmp_path, monkeypatch):
+    size = sum(tensor.numel() * 4 for tensor in load_file(tiny / "model.safetensors").values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(BundleError, match=r"takes 0\.00 GB, .* has 0\.00 GB free"):
+        rotate(tiny, tmp_path / "out", CONFIG, Silent())
+    assert not (tmp_path / "out").exists() and not bundle.partial_dir(tmp_path / "out").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    rotate(tiny, tmp_path / "out", CONFIG, Silent())
 
 
 def test_nan_weights_end_in_a_message_and_nothing_is_left_as_a_result(tmp_path):
