@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
                   "example:\n  ecmfq-export quantize ./model --data ./calib_data -o ./work/quantized\n")
     sub.add_argument("model", type=Path, help="floating-point checkpoint directory")
     sub.add_argument("-o", "--output", type=Path, required=True,
-                     help="directory of the quantized checkpoint; 'calibration' and 'smoothing' are written beside it")
+                     help="directory of the quantized checkpoint; 'calibration', 'smoothing' and 'rotated' are written beside it")
     _quant_arguments(sub)
 
     sub = command("build", _build, "build engines of a bundle for one more target, or on the device",

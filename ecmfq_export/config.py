@@ -54,7 +54,9 @@ class QuantConfig:
         percdamp: damping of the Hessian as a fraction of its mean diagonal.
         shrinkage_kappa: pseudo-count of the shared Hessian for experts with few tokens (kappa); 0 shares nothing.
         activation_order: whether GPTQ rounds the columns with the largest diagonal first.
-        rotate: ``hadamard`` rotates the residual stream first.
+        rotate: ``residual`` rotates the residual stream before anything else; ``residual_online`` also the inputs of the MLPs' down
+            projections, in blocks and while the model runs, which no exported graph does.
+        rotate_values: whether values are rotated within attention heads too; needs `rotate`.
         holdout_fraction: fraction of the selected samples kept out of every search, for its gate, where the method has one.
         seed: of every random choice.
     """
@@ -80,7 +82,8 @@ class QuantConfig:
     percdamp: float = 0.01
     shrinkage_kappa: float = -1.0
     activation_order: bool = True
-    rotate: Literal["method", "none", "hadamard"] = "method"
+    rotate: Literal["method", "none", "residual", "residual_online"] = "method"
+    rotate_values: bool = False
     holdout_fraction: float = 0.25
     seed: int = 0
 
@@ -154,6 +157,8 @@ def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
     for key, holds in checks.items():
         if not holds:
             raise UserError(f"{source}: {key} = {getattr(config, key)} is out of range", "see --help for its meaning")
+    if isinstance(config, QuantConfig) and config.rotate_values and config.rotate == "none":
+        raise UserError(f"{source}: rotate_values = true with rotate = 'none'", "set rotate = 'residual' or 'residual_online'")
 
 
 def load_toml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ The bundle::
     OUT/onnx/              decoder/model.onnx, vision/model.onnx, weights, tokenizer, runtime.json
     OUT/engines/<target>/  decoder.engine, vision.engine, the plugin library, build logs
     OUT/report/            report.json, report.html
-    OUT/stages/            calibration, smoothing, quantized: what the bundle was made from; not needed on the device
+    OUT/stages/            rotated, calibration, smoothing, quantized: what the bundle was made from; not needed on the device
     OUT/manifest.json      sha256 of every file outside stages/
 """
 
@@ -36,6 +36,10 @@ class Paths:
     """Where each stage's directory lies in a bundle."""
 
     root: Path
+
+    @property
+    def rotated(self) -> Path:
+        return self.root / "stages" / "rotated"
 
     @property
     def calibration(self) -> Path:
@@ -66,7 +70,9 @@ class Paths:
 
 
 def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
-    """Calibrate, smooth and quantize into `out_dir`; the two stages before lie beside it.
+    """Rotate, calibrate, smooth and quantize into `out_dir`; the stages before lie beside it.
+
+    What is rotated is quantized in its own basis: every later stage reads the rotated checkpoint, whose function is the original's.
 
     Raises:
         UserError: the model is unsupported or damaged, or calibration data are needed and missing.
@@ -79,12 +85,18 @@ def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: Qu
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
-    check_supported(model.spec, config)
     parts = resolve(config)
+    # Rotating unties the output matrix from the embeddings.
+    tied = model.spec.tie_word_embeddings and parts.rotate == "none"
+    check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
+    if parts.needs_data and data is None:
+        raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
+    if parts.rotate != "none":
+        from ecmfq_export.stages.rotate import rotate
+
+        model_dir = rotate(model_dir, out_dir.with_name("rotated"), config, progress)
     calibration = smoothing = None
-    if parts.needs_data:
-        if data is None:
-            raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
+    if parts.needs_data and data is not None:
         from ecmfq_export.stages.calibrate import calibrate
 
         calibration = calibrate(model_dir, data, out_dir.with_name("calibration"), config, progress)
@@ -121,8 +133,9 @@ def export(
     Raises:
         UserError: any input, machine or validation problem, before a later stage is started.
     """
-    from ecmfq_export.graph.pipeline import export_onnx, resolve_sizes
+    from ecmfq_export.graph.pipeline import export_onnx, require_plain_inputs, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.stages.methods import resolve
     from ecmfq_export.validate.pipeline import validate
 
     paths = Paths(output)
@@ -130,6 +143,10 @@ def export(
     model = open_model(model_dir)
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
+    require_plain_inputs(model)
+    if model.quantization is None and resolve(quant).rotate == "residual_online":
+        raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
+                        "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
     if model.quantization is None:

@@ -23,8 +23,9 @@ OWN: dict[str, set[str]] = {
     "target": {"errors"},
     "quant": {"errors"},
     "bundle": {"errors", "config", "quant.qtensor"},
-    # Reading a quantized checkpoint gives QTensors; a sample is the plain data that a forward pass takes.
-    "models": {"errors", "config", "quant.activation", "quant.pack", "quant.qtensor", "runtime.host_inputs", "runtime.sample"},
+    # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
+    "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
+               "runtime.sample"},
     # The processor makes calibration samples from images and text.
     "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
                "runtime.processor", "runtime.sample"},

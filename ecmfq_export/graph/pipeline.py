@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig
-from ecmfq_export.errors import UserError
+from ecmfq_export.errors import UnsupportedError, UserError
 from ecmfq_export.graph import ops
 from ecmfq_export.graph.builder import graph_dtype, to_numpy
 from ecmfq_export.graph.decoder import add_taps, emit_decoder
@@ -74,6 +74,7 @@ def export_onnx(
         UserError: the model or an option is not supported, a weight does not fit the type, or the disk is full.
     """
     model = open_model(model_dir)
+    require_plain_inputs(model)
     dtype = dtype or target.dtype
     sizes = resolve_sizes(model, target, config)
     settings = {
@@ -90,6 +91,19 @@ def export_onnx(
         for step in progress.track(job.steps(), "export graphs", total=len(job.steps())):
             step()
     return out_dir
+
+
+def require_plain_inputs(model: MoEVLM) -> None:
+    """Refuse a checkpoint whose down projections read rotated inputs.
+
+    Raises:
+        UnsupportedError: naming a tensor and its block.
+    """
+    for name, block in (model.quantization.blocks if model.quantization is not None else {}).items():
+        raise UnsupportedError(
+            f"'{name}' reads its inputs behind a Hadamard in blocks of {block}; the plugin has no such step",
+            "quantize with rotate = 'residual' or 'none' to export; this checkpoint runs in PyTorch alone",
+        )
 
 
 def resolve_sizes(model: MoEVLM, target: Target, config: ExportConfig) -> Sizes:

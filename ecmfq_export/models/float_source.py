@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,18 @@ class ExpertsSource:
             values = tensor[part.expert : part.expert + part.num_experts, part.rows]
             files[part.name][part.region] = values if len(part.shape) == 3 else values[0]
         return files
+
+    def part(self, disk_name: str, experts: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+        """One tensor of :meth:`split`, where ``experts(start, stop)`` gives those experts of the canonical tensor."""
+        parts = [part for part in self.parts if part.name == disk_name]
+        made: torch.Tensor | None = None
+        for part in parts:
+            values = experts(part.expert, part.expert + part.num_experts)[:, part.rows]
+            made = values.new_empty(part.shape) if made is None else made
+            made[part.region] = values if len(part.shape) == 3 else values[0]
+        if made is None:
+            raise ValueError(f"'{disk_name}' is no part of these experts")
+        return made
 
     def _overlapping(self, start: int, stop: int) -> Iterator[tuple[ExpertPart, int, int]]:
         for part in self.parts:

@@ -260,3 +260,13 @@ def vision_state(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dic
 def k25_vision_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of the vision tensors of transformers' classes."""
     return {f"vision.{name}": tuple(tensor.shape) for name, tensor in build_vision(config).state_dict().items()}
+
+
+def residual_writers(spec: ModelSpec) -> tuple[str, ...]:
+    """The published projector's last layer."""
+    return tuple(f"vision.multi_modal_projector.linear_2.{part}" for part in ("weight", "bias"))
+
+
+def k25_residual_writers(spec: ModelSpec) -> tuple[str, ...]:
+    """The same layer under transformers' name."""
+    return tuple(f"vision.mm_projector.out_proj.{part}" for part in ("weight", "bias"))

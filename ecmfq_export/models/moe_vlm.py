@@ -141,6 +141,10 @@ class MoEVLM:
             raise ValueError(f"'{name}' is quantized")
         return source
 
+    def disk_part(self, name: str, part: str) -> torch.Tensor:
+        """The tensor `part` on disk, one of those that make the floating tensor `name` (``float_source(name).disk_shapes()``)."""
+        return self.checkpoint.load(part)
+
     def qtensor(self, name: str, start: int | None = None, stop: int | None = None) -> QTensor:
         """The quantized weight; experts stacked [E, N, K], of which `start` to `stop` may be chosen.
 

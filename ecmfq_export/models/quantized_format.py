@@ -2,8 +2,8 @@
 
 One shard a decoder layer and one for everything else, so that an interrupted run keeps the layers it finished. Floating
 tensors keep the dtype that the source checkpoint stores, but for norms, routers and biases that folded scales made inexact in
-it: these are float32. What is on disk is described in quantized_reader.py; reading is
-``open_model`` on the directory.
+it: these are float32. Given no quantized tensor at all, the result is a floating-point copy.
+What is on disk is described in quantized_reader.py; reading is ``open_model`` on the directory.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from ecmfq_export.models.checkpoint import INDEX_FILE, read_header
 from ecmfq_export.models.float_source import ExpertsSource
 from ecmfq_export.models.group_scales import join_scales
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes, open_model
+from ecmfq_export.models.online_rotation import DOWN, KEY, transform_config
 from ecmfq_export.models.quantized_reader import Scheme, quantizable_modules
 from ecmfq_export.models.registry import CONFIG_FILE
 from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
+from ecmfq_export.quant.hadamard import online_block
 from ecmfq_export.quant.pack import pack_int4
 from ecmfq_export.quant.qtensor import QTensor
 
@@ -57,16 +59,19 @@ class QuantizedWriter:
     Args:
         work_dir: an existing directory, possibly with layers of an interrupted run on the same input.
         model: the floating-point source.
+        rotated_down: whether the quantized down projections that are given expect inputs in the blocks of
+            ``hadamard.online_block`` (online_rotation.py).
 
     Raises:
         ValueError: `model` is quantized already.
     """
 
-    def __init__(self, work_dir: Path, model: MoEVLM) -> None:
+    def __init__(self, work_dir: Path, model: MoEVLM, rotated_down: bool = False) -> None:
         if model.quantization is not None:
             raise ValueError(f"{model.path} is quantized already")
         self.work_dir = Path(work_dir)
         self.model = model
+        self._rotated_down = rotated_down
 
     def has_layer(self, index: int) -> bool:
         """Whether an earlier run finished layer `index` (its shard is there, whole and readable)."""
@@ -120,9 +125,13 @@ class QuantizedWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.work_dir / INDEX_FILE, index)
         config = dict(self.model.config)
-        quantization = quantization_config(self._schemes(weight_map), self.model)
+        schemes = self._schemes(weight_map)
+        quantization = quantization_config(schemes, self.model)
         if quantization is not None:
             config["quantization_config"] = quantization
+            transforms = transform_config(self._blocks(schemes)) if self._rotated_down else None
+            if transforms is not None:
+                quantization[KEY] = transforms
         _write_json(self.work_dir / CONFIG_FILE, config)
         self._copy_side_files()
         return open_model(self.work_dir)
@@ -151,7 +160,7 @@ class QuantizedWriter:
         """Tensors on disk of a floating tensor; None copies it, in the canonical layout."""
         model, source, dtype = self.model, self.model.float_source(name), self.model.stored_dtype(name)
         if tensor is None and isinstance(source, ExpertsSource):
-            return {part: TensorToWrite(dtype, shape, partial(model.checkpoint.load, part))
+            return {part: TensorToWrite(dtype, shape, partial(model.disk_part, name, part))
                     for part, shape in source.disk_shapes().items()}
         if tensor is None:
             return {source.name: TensorToWrite(dtype, source.shape, lambda: model.tensor(name))}
@@ -175,6 +184,15 @@ class QuantizedWriter:
                 grouped = headers[on_disk[scale]][scale].dtype == torch.float32
                 schemes[name] = Scheme(num_bits, 128 if grouped else -1)
         return schemes
+
+    def _blocks(self, schemes: Mapping[str, Scheme]) -> dict[str, int]:
+        """Modules of the quantized down projections to the blocks of what their inputs go through."""
+        blocks: dict[str, int] = {}
+        for name in schemes:
+            if name.endswith(DOWN):
+                block = online_block(self.model.shape(name)[-1])
+                blocks.update({module: block for parts in _modules(self.model, name) for module in parts})
+        return blocks
 
     def _copy_side_files(self) -> None:
         for file in sorted(self.model.path.iterdir()):

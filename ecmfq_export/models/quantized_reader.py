@@ -15,7 +15,6 @@ its own, and quantizes what its down projection reads by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +24,8 @@ import torch
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.checkpoint import Checkpoint
 from ecmfq_export.models.group_scales import split_scales
+from ecmfq_export.models.module_names import matcher
+from ecmfq_export.models.online_rotation import DOWN, read_transforms
 from ecmfq_export.quant.pack import unpack_int4
 from ecmfq_export.quant.qtensor import GROUP, QTensor, group_count
 
@@ -154,10 +155,12 @@ class QuantizationInfo:
 
     Attributes:
         recipes: canonical weight name to recipe, for every quantized weight.
+        blocks: canonical name of a down projection to the block of the Hadamard that its inputs go through while the model runs
+            (online_rotation.py); without those that read plain inputs.
     """
 
-    def __init__(self, sources: Mapping[str, QuantizedSource]) -> None:
-        self._sources = dict(sources)
+    def __init__(self, sources: Mapping[str, QuantizedSource], blocks: Mapping[str, int]) -> None:
+        self._sources, self.blocks = dict(sources), dict(blocks)
         self.recipes = {name: source.recipe for name, source in self._sources.items()}
 
     def source(self, name: str) -> QuantizedSource | None:
@@ -177,13 +180,16 @@ def read_quantization(
 
     Raises:
         UnsupportedError: another method or format, or a scheme other than symmetric int4 or int8 with dynamic
-            per-token int8 activations, or one that covers weights which stay in floating point here.
+            per-token int8 activations, or one that covers weights which stay in floating point here; a transform other
+            than a block Hadamard before down projections.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
     choose = _chooser(*_groups(quantization))
+    transform = read_transforms(quantization)
     sources: dict[str, QuantizedSource] = {}
+    blocks: dict[str, int] = {}
     for name, shape in shapes.items():
         modules = quantizable_modules(name, shape, disk_name, num_shared)
         if not modules:
@@ -200,7 +206,23 @@ def read_quantization(
                     f"quantization_config quantizes '{modules[0][0]}'", "add the vision tower to its ignore list"
                 )
             sources[name] = QuantizedSource(scheme, modules, shape)
-    return QuantizationInfo(sources)
+        block = _block({transform(module) for parts in modules for module in parts}, name, shape[-1], scheme is not None)
+        if block != 1:
+            blocks[name] = block
+    return QuantizationInfo(sources, blocks)
+
+
+def _block(blocks: set[int], name: str, columns: int, quantized: bool) -> int:
+    """The block of the transform before a weight's modules, checked to be one that runs."""
+    if blocks == {1}:
+        return 1
+    largest = max(blocks)
+    if len(blocks) > 1 or not quantized or not name.endswith(DOWN) or columns % largest:
+        raise UnsupportedError(
+            f"quantization_config transforms the inputs of '{name}' in blocks of {sorted(blocks)}",
+            "supported: one block size before a quantized down projection, dividing its columns",
+        )
+    return largest
 
 
 def quantizable_modules(
@@ -231,7 +253,7 @@ def _groups(quantization: Any) -> tuple[list[tuple[list[str], Scheme]], list[str
         )
     if quantization.get("quantization_status", "compressed") != "compressed":
         raise UnsupportedError(f"quantization_status {quantization.get('quantization_status')!r}", "expected 'compressed'")
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+    for key in ("kv_cache_scheme", "sparsity_config"):
         if quantization.get(key):
             raise UnsupportedError(f"quantization_config.{key} is not supported", "quantize weights and activations alone")
     groups, ignore = quantization.get("config_groups"), quantization.get("ignore") or []
@@ -275,8 +297,8 @@ def _scheme(name: str, group: Any, default_format: Any) -> tuple[list[str], Sche
 
 def _chooser(groups: list[tuple[list[str], Scheme]], ignore: list[str]) -> Callable[[str], Scheme | None]:
     """Module name to the scheme of the first group that targets it, None where it is ignored or no group does."""
-    ignored = _matcher(ignore)
-    matchers = [(_matcher(targets), scheme) for targets, scheme in groups]
+    ignored = matcher(ignore)
+    matchers = [(matcher(targets), scheme) for targets, scheme in groups]
 
     def choose(module: str) -> Scheme | None:
         if ignored(module):
@@ -284,16 +306,3 @@ def _chooser(groups: list[tuple[list[str], Scheme]], ignore: list[str]) -> Calla
         return next((scheme for matches, scheme in matchers if matches(module)), None)
 
     return choose
-
-
-def _matcher(targets: list[str]) -> Callable[[str], bool]:
-    """As compressed-tensors matches: ``re:`` patterns from the name's beginning, whole names, or the class Linear."""
-    names = {target for target in targets if isinstance(target, str)}
-    patterns = []
-    for target in sorted(names):
-        if target.startswith("re:"):
-            try:
-                patterns.append(re.compile(target.removeprefix("re:")))
-            except re.error as error:
-                raise CheckpointError(f"quantization_config: pattern {target!r} is invalid: {error}") from None
-    return lambda module: module in names or "Linear" in names or any(pattern.match(module) for pattern in patterns)

@@ -242,3 +242,9 @@ def finish_vision(module: torch.nn.Module) -> None:
 def vision_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes of the vision tower's tensors."""
     return {f"vision.{name}": tuple(tensor.shape) for name, tensor in build_vision(config).state_dict().items()}
+
+
+def residual_writers(spec: ModelSpec) -> tuple[str, ...]:
+    """The last projections of the merger and of the DeepStack mergers."""
+    mergers = ["merger", *(f"deepstack_merger_list.{i}" for i in range(spec.num_deepstack))]
+    return tuple(f"vision.{merger}.linear_fc2.{part}" for merger in mergers for part in ("weight", "bias"))

@@ -33,6 +33,8 @@ class Family:
         build_vision: config.json's content to transformers' own vision tower, without weights, on the meta device.
         vision_state: the tower's tensors, by canonical name without ``vision.``, as the state of the built tower.
         finish_vision: puts the buffers that no checkpoint holds into a tower whose parameters are loaded.
+        residual_writers: a spec to the canonical tensors of the vision tower whose rows (or only axis) enter the decoder's residual
+            stream: weight and bias of its last projections.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Family:
     build_vision: Callable[[dict[str, Any]], torch.nn.Module]
     vision_state: Callable[[torch.nn.Module, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     finish_vision: Callable[[torch.nn.Module], None]
+    residual_writers: Callable[[ModelSpec], tuple[str, ...]]
 
 
 def _one_tensor(spec: ModelSpec, name: str) -> tuple[ExpertPart, ...]:
@@ -65,6 +68,7 @@ SUPPORTED: Mapping[str, Family] = {
         build_vision=qwen3_vl_moe.build_vision,
         vision_state=_same_state,
         finish_vision=qwen3_vl_moe.finish_vision,
+        residual_writers=qwen3_vl_moe.residual_writers,
     ),
     "kimi_vl": Family(
         name="kimi_vl",
@@ -76,6 +80,7 @@ SUPPORTED: Mapping[str, Family] = {
         build_vision=kimi_vl.build_vision,
         vision_state=kimi_vl.vision_state,
         finish_vision=kimi_vision.finish,
+        residual_writers=kimi_vl.residual_writers,
     ),
     "kimi_k25": Family(
         name="kimi_k25",
@@ -87,6 +92,7 @@ SUPPORTED: Mapping[str, Family] = {
         build_vision=kimi_vl.build_vision,
         vision_state=_same_state,
         finish_vision=kimi_vision.finish,
+        residual_writers=kimi_vl.k25_residual_writers,
     ),
 }
 """Families by ``model_type``."""

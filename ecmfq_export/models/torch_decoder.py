@@ -18,6 +18,7 @@ from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
 from ecmfq_export.models.spec import DecoderLayerSpec, GqaSpec, MlaSpec, MoESpec
 from ecmfq_export.models.torch_math import Dispatch, IntegerWeight, Routing, quantized_grouped_linear, quantized_linear
 from ecmfq_export.quant.activation import quantize_per_token
+from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.quant.qtensor import QTensor
 
 
@@ -51,12 +52,15 @@ class DecoderLayer:
         eps: of its RMS norms.
         tensors: floating tensors by canonical suffix (``"input_layernorm.weight"``), in the computing dtype.
         quantized: quantized weights by canonical suffix; a weight is in exactly one of the two.
+        down_block: block of the Hadamard between the intermediate and the down projection, whose weight has it in its columns
+            too; 1 for none.
     """
 
     spec: DecoderLayerSpec
     eps: float
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     quantized: dict[str, QTensor] = field(default_factory=dict)
+    down_block: int = 1
     _widened: dict[str, tuple[QTensor, IntegerWeight]] = field(default_factory=dict, repr=False)
 
     def forward(
@@ -159,8 +163,11 @@ class DecoderLayer:
         if isinstance(self.spec.mlp, MoESpec):
             tokens = x.reshape(-1, x.shape[-1])
             return self.experts(tokens, self.route(tokens)).view(x.shape)
-        inner = F.silu(self.linear(x, "mlp.gate_proj")) * self.linear(x, "mlp.up_proj")
-        return self.linear(inner, "mlp.down_proj")
+        return self.linear(self.dense_intermediate(x), "mlp.down_proj")
+
+    def dense_intermediate(self, x: torch.Tensor) -> torch.Tensor:
+        """What a dense MLP's down_proj reads, [..., intermediate], for x [..., hidden]."""
+        return self._down_input(F.silu(self.linear(x, "mlp.gate_proj")) * self.linear(x, "mlp.up_proj"))
 
     def route(self, x: torch.Tensor) -> Routing:
         """Routing of tokens x [T, hidden]."""
@@ -183,7 +190,8 @@ class DecoderLayer:
         return torch_math.dispatch(routing.topk_ids, self._moe().total_experts)
 
     def expert_intermediate(self, x: torch.Tensor, where: Dispatch) -> torch.Tensor:
-        """What down_proj reads: ``silu(gate) * up`` [T * num_slots, intermediate], rows as in `where`, for tokens x [T, hidden]."""
+        """What down_proj reads: ``silu(gate) * up`` (in blocks of a Hadamard where `down_block` says so) [T * num_slots, intermediate],
+        rows as in `where`, for tokens x [T, hidden]."""
         name = "mlp.experts.gate_up_proj"
         if name in self.quantized:
             qx, scale = quantize_per_token(x)
@@ -191,7 +199,7 @@ class DecoderLayer:
         else:
             gate_up = torch_math.grouped_linear(x[where.token], self.tensors[name], where.offsets)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return self._down_input(F.silu(gate) * up)
 
     def expert_down(self, inner: torch.Tensor, where: Dispatch) -> torch.Tensor:
         """Each pair's expert output [T * num_slots, hidden], rows as in `where`."""
@@ -211,6 +219,9 @@ class DecoderLayer:
         if f"{name}.weight" in self.quantized:
             return quantized_linear(x, self._integers(f"{name}.weight"), bias).to(x.dtype)
         return F.linear(x, self.tensors[f"{name}.weight"], bias)
+
+    def _down_input(self, inner: torch.Tensor) -> torch.Tensor:
+        return inner if self.down_block == 1 else block_hadamard(inner.shape[-1], self.down_block).apply(inner)
 
     def _integers(self, name: str) -> IntegerWeight:
         """The widened form of a quantized weight, kept until another QTensor takes its place."""
@@ -245,6 +256,8 @@ def load_layer(model: MoEVLM, index: int, dtype: torch.dtype = torch.float32) ->
     layer = DecoderLayer(spec, model.spec.rms_norm_eps)
     for suffix in layer_shapes(model.spec, spec):
         name = f"layers.{index}.{suffix}"
+        if model.quantization is not None and name in model.quantization.blocks:
+            layer.down_block = model.quantization.blocks[name]
         if model.recipe(name) == "float":
             layer.tensors[suffix] = model.tensor(name).to(dtype)
         else:

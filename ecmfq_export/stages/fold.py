@@ -25,6 +25,7 @@ import torch
 
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer
+from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.stages import attention_view
 
 
@@ -49,7 +50,13 @@ class LayerScales:
 
 
 def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
-    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared."""
+    """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared.
+
+    Raises:
+        ValueError: a layer whose down projection is rotated, which has other columns.
+    """
+    if layer.down_block != 1:
+        raise ValueError(f"layer {layer.spec.index} is folded after its down projection was rotated")
     tensors = dict(layer.tensors)
     mlp = layer.spec.mlp
 
@@ -83,6 +90,19 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
             divide_rows("mlp.up_proj.weight", scales.down[0])
             multiply_columns("mlp.down_proj.weight", scales.down[0])
     return DecoderLayer(layer.spec, layer.eps, tensors, dict(layer.quantized))
+
+
+def rotate_down(layer: DecoderLayer) -> DecoderLayer:
+    """A layer that computes the same with its down projection's inputs in blocks of a Hadamard, weight columns alike.
+
+    The block is the largest power of two that divides the intermediate size, at most 128. Comes after :func:`fold_layer`.
+    """
+    name = "mlp.experts.down_proj" if isinstance(layer.spec.mlp, MoESpec) else "mlp.down_proj.weight"
+    weight = layer.tensors[name]
+    rotation = block_hadamard(weight.shape[-1])
+    # W H^-1 with an H that is its own inverse, in float64 so that only the rotation's result is rounded.
+    turned = rotation.apply(weight.double()).to(weight.dtype)
+    return DecoderLayer(layer.spec, layer.eps, {**layer.tensors, name: turned}, dict(layer.quantized), rotation.block)
 
 
 def _by_row(scale: torch.Tensor, rows: torch.Tensor | None, count: int) -> torch.Tensor:

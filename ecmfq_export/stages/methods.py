@@ -35,7 +35,7 @@ class MethodSpec:
         cross_strength: of GPTAQ's correction.
         kappa: of the shared Hessian.
         align_routing: whether the attention's output clip is chosen by the router's divergence (EAQuant).
-        rotate: whether the residual stream is rotated first.
+        rotate, rotate_values: as the settings of the same names.
     """
 
     selection: str = "random"
@@ -49,7 +49,8 @@ class MethodSpec:
     cross_strength: float = 0.0
     kappa: float = 0.0
     align_routing: bool = False
-    rotate: bool = False
+    rotate: str = "none"
+    rotate_values: bool = False
 
     @property
     def needs_data(self) -> bool:
@@ -75,7 +76,7 @@ METHODS: dict[str, MethodSpec] = {
     "veq_me": MethodSpec(smoothing="veq_me", rounding="rtn", clip="output", gamma=MEASURED, balanced=False),
     "veq_ma": MethodSpec(weightings=("rho_p",), gamma=MEASURED, balanced=False),
     "veq_me_ma": MethodSpec(smoothing="veq_me", weightings=("rho_p",), gamma=MEASURED, balanced=False),
-    "quarot_gptq": MethodSpec(rotate=True),
+    "quarot_gptq": MethodSpec(rotate="residual_online", rotate_values=True),
 }
 
 
@@ -114,6 +115,7 @@ SMOOTHINGS: dict[str, Smoothing] = {
     "veq_me": Smoothing(awq.search_scale, awq.search_per_expert, importance="veq", measures=True),
 }
 
+
 def resolve(config: QuantConfig) -> MethodSpec:
     """The method's parts with the settings' replacements.
 
@@ -133,13 +135,17 @@ def resolve(config: QuantConfig) -> MethodSpec:
         if value != -1.0:
             changes[name] = value
     if config.rotate != "method":
-        changes["rotate"] = config.rotate == "hadamard"
+        changes |= {"rotate": config.rotate, "rotate_values": config.rotate_values}
+    elif config.rotate_values:
+        changes["rotate_values"] = True
     smoothing = SMOOTHINGS.get(changes.get("smoothing", spec.smoothing))
     if smoothing is not None:
         changes.setdefault("smooth_rounding", smoothing.rounding)
         if smoothing.measures and config.gamma_text == -1.0:
             changes["gamma"] = MEASURED
     parts = dataclasses.replace(spec, **changes)
+    if parts.rotate_values and parts.rotate == "none":
+        raise UserError("rotate_values = true, but nothing is rotated", "set rotate = 'residual' or 'residual_online'")
     if parts.rounding == "gptq":
         if parts.clip == "output":
             raise UserError("clip = 'output' goes with rounding = 'rtn' only", "GPTQ moves weights after the clip is chosen: set clip=mse")
@@ -167,7 +173,8 @@ def smoothing_settings(config: QuantConfig) -> dict[str, Any]:
     """What shapes stage smooth."""
     parts = resolve(config)
     settings: dict[str, Any] = {"attention": config.attention, "group_size": config.group_size, "smoothing": parts.smoothing,
-                                "smooth_rounding": parts.smooth_rounding, "seed": config.seed}
+                                "smooth_rounding": parts.smooth_rounding, "seed": config.seed,
+                                "rotate": parts.rotate}
     if parts.smoothing == "ecs":
         settings |= {"fusion_lambda": config.fusion_lambda, "theta": config.theta, "gate_power": config.gate_power,
                      "balanced": parts.balanced}
@@ -180,7 +187,7 @@ def rounding_settings(config: QuantConfig) -> dict[str, Any]:
     """What shapes stage quantize."""
     parts = resolve(config)
     settings: dict[str, Any] = {"attention": config.attention, "lm_head": config.lm_head, "group_size": config.group_size,
-                                "rounding": parts.rounding, "clip": parts.clip}
+                                "rounding": parts.rounding, "clip": parts.clip, "rotate": parts.rotate}
     if not parts.needs_data:
         return settings
     settings |= {"weightings": list(parts.weightings), "balanced": parts.balanced, "fusion_lambda": config.fusion_lambda,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, Dispatch, Routing
@@ -50,7 +49,7 @@ def stacked_weights(layer: DecoderLayer) -> tuple[torch.Tensor, torch.Tensor]:
 def with_quantized(layer: DecoderLayer, weights: dict[str, QTensor]) -> DecoderLayer:
     """A layer that uses `weights` (by canonical suffix) in place of its floating ones; the rest is shared."""
     tensors = {name: tensor for name, tensor in layer.tensors.items() if name not in weights}
-    return DecoderLayer(layer.spec, layer.eps, tensors, {**layer.quantized, **weights})
+    return DecoderLayer(layer.spec, layer.eps, tensors, {**layer.quantized, **weights}, layer.down_block)
 
 
 def named_gate_up(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
@@ -104,10 +103,11 @@ def probability(routed: Routed) -> torch.Tensor:
 
 
 def intermediate(layer: DecoderLayer, x: torch.Tensor, routed: Routed) -> torch.Tensor:
-    """What the down projection reads, ``silu(gate) * up``, [P, I], for tokens x [T, d] and rows as in `routed`."""
+    """What the down projection reads, ``silu(gate) * up`` behind the layer's Hadamard if it has one, [P, I], for tokens x [T, d] and
+    rows as in `routed`."""
     if routed.dispatch is not None:
         return layer.expert_intermediate(x, routed.dispatch)
-    return F.silu(layer.linear(x, "mlp.gate_proj")) * layer.linear(x, "mlp.up_proj")
+    return layer.dense_intermediate(x)
 
 
 def output(layer: DecoderLayer, inner: torch.Tensor, routed: Routed) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ecmfq_export.quant.rtn import Clip, quantize_rtn
 from ecmfq_export.quant.token_weights import Weighting
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
-from ecmfq_export.stages.fold import LayerScales, fold_layer
+from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
 from ecmfq_export.stages.judge import Judge
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
 from ecmfq_export.stages.methods import resolve, rounding_settings
@@ -75,7 +75,7 @@ def quantize(
     check_supported(model.spec, config)
     with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
         info["method"] = config.method
-        writer = QuantizedWriter(work, model)
+        writer = QuantizedWriter(work, model, rotated_down=parts.rotate == "residual_online")
         if parts.needs_data and calibration_dir is not None:
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
             if smoothing_dir is not None:
@@ -84,7 +84,8 @@ def quantize(
         else:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
-                    layer = rtn_layer(load_layer(model, index), config, "mse" if parts.clip == "mse" else "absmax")
+                    layer = _prepared(model, index, LayerScales(), config)
+                    layer = rtn_layer(layer, config, "mse" if parts.clip == "mse" else "absmax")
                     writer.write_layer(index, layer.quantized)
         rest: dict[str, torch.Tensor | QTensor] = {}
         if config.lm_head == "w8a8":
@@ -93,6 +94,12 @@ def quantize(
         _drop_states(work)
         info.update(layer_bytes(quantized))
     return out_dir
+
+
+def _prepared(model: MoEVLM, index: int, scales: LayerScales, config: QuantConfig) -> DecoderLayer:
+    """The floating-point layer as it is to be quantized: scales folded in, a quantized down projection's inputs rotated if asked."""
+    layer = fold_layer(load_layer(model, index), scales)
+    return rotate_down(layer) if resolve(config).rotate == "residual_online" and mlp_bits(layer.spec, config) is not None else layer
 
 
 def rtn_layer(layer: DecoderLayer, config: QuantConfig, clip: Clip = "absmax") -> DecoderLayer:
@@ -154,7 +161,7 @@ class _Run:
 
     def _layer(self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor) -> dict[str, Any]:
         """Quantize one layer, keep the best weighting, write it, and move both streams behind it; the layer's log entry."""
-        folded = fold_layer(load_layer(self._model, index), self._scales.get(index, LayerScales()))
+        folded = _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config)
         quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
         wanted = self._parts.weightings
         last = index + 1 == self._model.spec.num_layers

@@ -212,7 +212,9 @@ class _Searcher:
                     # One scale a channel of the producer: any of the columns that read it.
                     scales[target.name] = torch.ones(int(target.tie.max()) + 1).scatter_(0, target.tie, result.scale)
         bits = mlp_bits(layer.spec, self._config)
-        if bits is None or self._method.per_expert is None:
+        # A rotation before down projections mixes the intermediate's channels: scales that are judged one channel at a time have no
+        # meaning behind it.
+        if bits is None or self._method.per_expert is None or self.parts.rotate == "residual_online":
             return LayerScales(**scales)
         inner = (self._inner_pairs(layer, side) for side in (train, heldout))
         _, down = mlp_view.stacked_weights(layer)

@@ -10,6 +10,7 @@ import torch
 
 from ecmfq_export.models.inputs import DecoderInputs, prepare_inputs
 from ecmfq_export.models.moe_vlm import MoEVLM
+from ecmfq_export.models.rotated import residual_rotation
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, decoder_logits, load_layer
 from ecmfq_export.runtime.sample import ProcessedSample
@@ -24,7 +25,7 @@ class LayerRecord:
     """What is kept of one decoder layer over all prompts.
 
     Attributes:
-        hidden: the layer's output, quantized against floating point.
+        hidden: the layer's output, quantized against floating point, in the basis of the model before rotation.
         text, vision: [num_experts] int64, how often the floating-point model picks each expert for such tokens; None for a
             dense layer.
         picks: expert slots seen; same: how many of them the quantized model fills with the same expert.
@@ -57,6 +58,7 @@ class Lockstep:
     def __init__(self, floating: MoEVLM, quantized: MoEVLM) -> None:
         self._float, self._quantized = floating, quantized
         self._vision = floating.vision_module(), quantized.vision_module()
+        self._rotations = residual_rotation(floating), residual_rotation(quantized)
         self.layers = [LayerRecord() for _ in floating.spec.layers]
 
     @torch.no_grad()
@@ -102,7 +104,9 @@ class Lockstep:
 
     def _record(self, index: int, batch: _Batch, floating: Routing | None, quantized: Routing | None) -> None:
         record, valid = self.layers[index], batch.valid
-        record.hidden.add(batch.float_hidden[valid].numpy(), batch.quantized_hidden[valid].numpy())
+        states = (batch.float_hidden[valid], batch.quantized_hidden[valid])
+        plain = (h if r is None else r.invert(h) for h, r in zip(states, self._rotations, strict=True))
+        record.hidden.add(*(h.numpy() for h in plain))
         mlp = self._float.spec.layers[index].mlp
         if floating is None or quantized is None or not isinstance(mlp, MoESpec):
             return

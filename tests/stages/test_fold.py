@@ -6,7 +6,7 @@ import torch
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.torch_decoder import load_layer
 from ecmfq_export.stages.attention_view import value_tie
-from ecmfq_export.stages.fold import LayerScales, fold_layer
+from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
 from tests.tiny_models import make_qwen3_vl_moe
 
 
@@ -70,3 +70,15 @@ def test_heads_of_a_group_share_their_value_scales(layers):
     tie = value_tie(layers[0].spec.attention).view(6, 32)
     assert torch.equal(tie[0], tie[2]) and torch.equal(tie[3], tie[5])
     assert tie[0].tolist() == list(range(32)) and tie[3].tolist() == list(range(32, 64))
+
+
+@pytest.mark.parametrize(("kind", "block"), [(0, 32), (1, 32)])
+def test_rotating_down_inputs_keeps_the_function(layers, kind, block):
+    folded = fold_layer(layers[kind], random_scales(layers[kind], 0, True))
+    rotated = rotate_down(folded)
+    assert rotated.down_block == block and layers[kind].down_block == folded.down_block == 1
+    assert torch.allclose(run(layers[kind])[0], run(rotated)[0], rtol=1e-4, atol=1e-4)
+    name = "mlp.experts.down_proj" if kind == 0 else "mlp.down_proj.weight"
+    assert not torch.allclose(rotated.tensors[name], folded.tensors[name], atol=1e-2)
+    with pytest.raises(ValueError, match="after its down projection was rotated"):
+        fold_layer(rotated, LayerScales())

@@ -15,6 +15,8 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.progress import Silent
+from ecmfq_export.quant.hadamard import block_hadamard
+from ecmfq_export.quant.rtn import quantize_rtn
 from ecmfq_export.stages.quantize import quantize
 from tests.stages.common import SETTINGS, divergence, file_hashes
 from tests.tiny_models import make_qwen3_vl_moe
@@ -146,6 +148,42 @@ def test_groups_of_128(calibrated, fresh_pool, tmp_path):
     weight = open_model(out).qtensor("layers.0.mlp.experts.down_proj")
     assert weight.group_size == 128 and weight.group_multiplier.shape == (8, 128, 2)
     assert divergence(tiny, out, fresh_pool) < 0.1
+
+
+def test_rotated_down_inputs_hide_large_channels_from_int8(calibrated, fresh_pool, tmp_path):
+    """Dense layers at W8A8, where the activations' step is the larger error: two huge channels of 160 set it for all others."""
+    tiny = make_qwen3_vl_moe(tmp_path / "model", seed=2, mlp_only_layers=[0, 1])
+    tensors = load_file(tiny / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("mlp.up_proj.weight")]:
+        tensors[name][[5, 99]] *= 256
+    save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
+    for config in (RTN, replace(SETTINGS, weighting="none")):
+        plain, rotated = (
+            quantize(tiny, calibrated, None, tmp_path / f"{config.method}-{rotate}", replace(config, rotate=rotate), Silent())
+            for rotate in ("none", "residual_online"))
+        assert open_model(plain).quantization.blocks == {}
+        assert open_model(rotated).quantization.blocks == {f"layers.{i}.mlp.down_proj.weight": 32 for i in range(2)}
+        assert divergence(tiny, rotated, fresh_pool) < 0.8 * divergence(tiny, plain, fresh_pool)
+
+
+@pytest.mark.parametrize("config", [RTN, replace(SETTINGS, weighting="none")], ids=lambda config: config.method)
+def test_rotated_down_inputs_of_experts(tiny, calibrated, fresh_pool, tmp_path, config):
+    plain, rotated = (
+        quantize(tiny, calibrated, None, tmp_path / rotate, replace(config, rotate=rotate), Silent())
+        for rotate in ("none", "residual_online"))
+    assert divergence(tiny, rotated, fresh_pool) < 1.5 * divergence(tiny, plain, fresh_pool), "flat channels: neither gain nor loss"
+    if config.method == "rtn":
+        weight = block_hadamard(96).apply(open_model(tiny).tensor("layers.0.mlp.experts.down_proj").double()).float()
+        q = open_model(rotated).qtensor("layers.0.mlp.experts.down_proj")
+        assert torch.equal(q.qvalue, quantize_rtn(weight, 4).qvalue)
+
+
+def test_a_dense_mlp_in_floating_point_is_not_rotated(tmp_path):
+    tiny = make_qwen3_vl_moe(tmp_path / "model", seed=2, mlp_only_layers=[0])
+    out = quantize(tiny, None, None, tmp_path / "q", replace(RTN, rotate="residual_online", attention="fp16"), Silent())
+    model = open_model(out)
+    assert list(model.quantization.blocks) == ["layers.1.mlp.experts.down_proj"]
+    assert torch.equal(model.tensor("layers.0.mlp.down_proj.weight"), open_model(tiny).tensor("layers.0.mlp.down_proj.weight"))
 
 
 def test_what_cannot_be_done_is_refused_by_name(tiny, calibrated, quantized, tmp_path):
