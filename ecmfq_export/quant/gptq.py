@@ -16,6 +16,7 @@ The cross term of GPTAQ enters in closed form: ``sum w |W x - Q xh|^2 = |(Q - W*
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from ecmfq_export.errors import UserError
 from ecmfq_export.quant.cholesky import solve_symmetric, upper_cholesky
 from ecmfq_export.quant.qtensor import QTensor, chunked, grid_limit
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip, choose_scale, effective_scale
+from ecmfq_export.quant.workspace import Workspace
 
 BLOCK = 128
 """Columns rounded between two products with all the errors so far."""
@@ -48,7 +50,7 @@ def quantize_gptq(
         percdamp: damping as a fraction of the mean diagonal, one for all or float [E].
         cross: D of :mod:`hessian`, [E, K, K], on the scale of `hessian`.
         cross_strength: factor on the correction ``W D H^-1``; 1 is the minimizer, less trusts the samples less.
-        clip: rule of the scales, weighted by H's diagonal where it searches.
+        clip: rule of the scales; where it searches, a column weighs as in the walk's error, ``L_kk^2``.
         descending: round the columns with the largest diagonal first; else in their own order.
         max_bytes: working memory; experts are processed in chunks that fit (at least one).
 
@@ -61,12 +63,12 @@ def quantize_gptq(
     experts, rows, columns = weight.shape
     damp = torch.as_tensor(percdamp, dtype=torch.float32).expand(experts)
     qvalue = torch.empty(weight.shape, dtype=torch.int8)
-    scales, multipliers = [], []
+    scales, multipliers, work = [], [], Workspace()
     for part in chunked(experts, gptq_bytes(rows, columns) + 8 * columns * columns, max_bytes):
         order = walk_order(hessian[part].diagonal(dim1=-2, dim2=-1), descending)
         problem = Problem(ordered(hessian[part], order), damp[part], order,
                           None if cross is None or not cross_strength else ordered(cross[part], order).mul_(cross_strength))
-        result = quantize_ordered(weight[part], problem, num_bits, group_size, clip, max_bytes)
+        result = quantize_ordered(weight[part], problem, num_bits, group_size, clip, max_bytes, work)
         qvalue[part] = result.qvalue
         scales.append(result.scale)
         if result.group_multiplier is not None:
@@ -111,9 +113,11 @@ def ordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_ordered(
-    weight: torch.Tensor, problem: Problem, num_bits: int, group_size: int, clip: Clip, max_bytes: int = DEFAULT_MAX_BYTES
+    weight: torch.Tensor, problem: Problem, num_bits: int, group_size: int, clip: Clip, max_bytes: int = DEFAULT_MAX_BYTES,
+    work: Workspace | None = None,
 ) -> QTensor:
     """GPTQ of all of `weight`'s experts at once; arguments and errors as :func:`quantize_gptq`."""
+    work = work or Workspace()
     limit, columns = grid_limit(num_bits), weight.shape[-1]
     diagonal = problem.matrix.diagonal(dim1=-2, dim2=-1)
     if not bool(torch.isfinite(diagonal).all()):
@@ -122,14 +126,16 @@ def quantize_ordered(
     mean = diagonal.mean(-1, keepdim=True)
     diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean, torch.ones_like(mean))))
     position = torch.argsort(problem.order, dim=-1)
-    importance = diagonal.gather(1, position)
-    upper = _damped_factor(problem.matrix, problem.percdamp, diagonal.mean(-1))
+    upper = _damped_factor(problem.matrix, problem.percdamp, diagonal.mean(-1), work)
+    # What a column's rounding costs once the columns after it have made up for it.
+    importance = upper.diagonal(dim1=-2, dim2=-1).square().gather(1, position)
     weight = weight.float()
+    target = work.take("target", (len(weight), columns, weight.shape[1]))
     if problem.cross is None:
         scale, multiplier = choose_scale(weight, num_bits, group_size, clip, importance, max_bytes)
-        target = _to_columns(weight, position)
+        _to_columns(weight, position, target)
     else:
-        target = _to_columns(weight, position)
+        _to_columns(weight, position, target)
         target += solve_symmetric(upper, problem.cross.mT @ target)
         scale, multiplier = choose_scale(_to_rows(target, position), num_bits, group_size, clip, importance, max_bytes)
     step = None
@@ -137,16 +143,17 @@ def quantize_ordered(
         # One step a row: the walk runs in units of it.
         target /= scale.unsqueeze(1)
     else:
-        step = _to_columns(effective_scale(scale, multiplier, columns), position)
-    qvalue, error = _walk(target, upper, step, limit)
-    _keep_better_rows(qvalue, error, target, upper, step, limit)
+        step = torch.empty_like(target)
+        _to_columns(effective_scale(scale, multiplier, columns), position, step)
+    qvalue, error = _walk(target, upper, step, limit, work)
+    _keep_better_rows(qvalue, error, target, upper, step, limit, work)
     return QTensor(_to_rows(qvalue, position), scale, num_bits, group_size, multiplier)
 
 
-def _damped_factor(matrix: torch.Tensor, percdamp: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+def _damped_factor(matrix: torch.Tensor, percdamp: torch.Tensor, mean: torch.Tensor, work: Workspace) -> torch.Tensor:
     """U = L^T of the damped matrices; experts that fail get ten times the damping."""
     for _ in range(_RETRIES):
-        upper, failed = upper_cholesky(matrix, percdamp * mean)
+        upper, failed = upper_cholesky(matrix, percdamp * mean, work.take("factor", matrix.shape))
         if not bool(failed.any()):
             return upper
         percdamp = torch.where(failed, percdamp * 10, percdamp)
@@ -156,19 +163,17 @@ def _damped_factor(matrix: torch.Tensor, percdamp: torch.Tensor, mean: torch.Ten
     )
 
 
-def _to_columns(weight: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """float32 [E, N, K] to [E, K, N] with column k at row `position[k]`, so that each column of a step is contiguous.
+def _to_columns(weight: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
+    """Write float32 [E, N, K] to `out` [E, K, N], column k at row ``position[k]``, so that each column of a step is contiguous.
 
     A product with the identity: the matrix library packs its operands several times faster than a strided copy moves them.
     """
     experts, rows, columns = weight.shape
-    result = torch.empty(experts, columns, rows)
-    flat, offset = result.view(-1, rows), columns * torch.arange(experts).unsqueeze(1)
+    flat, offset = out.view(-1, rows), columns * torch.arange(experts).unsqueeze(1)
     for start in range(0, columns, _TRANSPOSE_COLUMNS):
         end = min(start + _TRANSPOSE_COLUMNS, columns)
         part = torch.eye(end - start).expand(experts, -1, -1) @ weight[:, :, start:end].mT
         flat.index_copy_(0, (position[:, start:end] + offset).flatten(), part.view(-1, rows))
-    return result
 
 
 def _to_rows(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -178,34 +183,41 @@ def _to_rows(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     return values.view(-1, rows).index_select(0, index.flatten()).view_as(values).mT.contiguous()
 
 
-def _walk(target: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(columns: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each block, the last one first."""
+    for start in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        yield start, min(start + BLOCK, columns)
+
+
+def _walk(
+    target: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
+) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 grid points [E, K, N] of `target` [E, K, N] and each row's weighted error [E, N].
 
     `step` [E, K, N] is the grid's; None where `target` is in units of it.
     """
     experts, columns, rows = target.shape
     diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    missing = torch.empty_like(target)  # target - grid point of the columns done
-    qvalue = torch.empty(target.shape, dtype=torch.int8)
+    missing = work.take("missing", target.shape)  # target - grid point, of the columns done
+    qvalue = work.take("qvalue", target.shape, torch.int8)
     error = torch.zeros(experts, rows)
-    for start in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        end = min(start + BLOCK, columns)
+    for start, end in _blocks(columns):
         width = end - start
-        unit = upper[:, start:end, start:] / diagonal[:, start:end].unsqueeze(-1)
-        block = target[:, start:end].clone() if end == columns else torch.baddbmm(
-            target[:, start:end], unit[:, :, width:], missing[:, end:])
+        block, grid = (work.take(name, (experts, width, rows)) for name in ("block", "grid"))
+        unit = torch.div(upper[:, start:end, start:], diagonal[:, start:end].unsqueeze(-1),
+                         out=work.take("unit", (experts, width, columns - start)))
+        if end == columns:
+            block.copy_(target[:, start:])
+        else:
+            torch.baddbmm(target[:, start:end], unit[:, :, width:], missing[:, end:], out=block)
         tile = _Tile(unit[:, :, :width], target[:, start:end], missing[:, start:end],
                      None if step is None else step[:, start:end], limit)
-        grid = torch.empty_like(block)
         tile.round(block, grid, 0, width, SUB_BLOCKS)
-        if step is None:
-            qvalue[:, start:end] = grid
-            block -= grid
-        else:
-            qvalue[:, start:end] = (grid / tile.step).round_()
-            block -= grid
-        block *= diagonal[:, start:end].unsqueeze(-1)
+        block.sub_(grid).mul_(diagonal[:, start:end].unsqueeze(-1))
         error += block.square_().sum(1)
+        if tile.step is not None:
+            grid.div_(tile.step).round_()
+        qvalue[:, start:end] = grid
     return qvalue, error
 
 
@@ -254,32 +266,43 @@ class _Tile:
         torch.sub(self.target[:, column], grid, out=self.missing[:, column])
 
 
+def _nearest(target: torch.Tensor, step: torch.Tensor | None, limit: int) -> torch.Tensor:
+    return (torch.round(target) if step is None else torch.div(target, step).round_()).clamp_(-limit, limit)
+
+
+def _some_rows(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """[E, B, M] of [E, B, N]: `rows` [E, M] of each expert; all of them where it is None."""
+    return values if rows is None else values.gather(2, rows.unsqueeze(1).expand(-1, values.shape[1], -1))
+
+
 def _keep_better_rows(
-    qvalue: torch.Tensor, error: torch.Tensor, target: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int
+    qvalue: torch.Tensor, error: torch.Tensor, target: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int,
+    work: Workspace,
 ) -> None:
     """Rows where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
 
     The error of rounding to nearest is a sum of squares over columns, and the largest come first: once a row's sum so far
     exceeds what the walk reached, the row is settled, and columns go on with those that are not.
     """
-    experts, columns, _ = target.shape
-    nearest = torch.round(target if step is None else target / step).clamp_(-limit, limit)
-    missing = target - nearest if step is None else target - nearest * step
-    rows = torch.arange(target.shape[-1]).expand_as(error)  # those that are not settled, and a few others to fill up
+    rows: torch.Tensor | None = None  # those that are not settled, and a few others to fill up
+    missing = work.take("missing", target.shape)
     total = torch.zeros_like(error)
-    for start in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        part = upper[:, start : start + BLOCK, start:].clone()
-        part[:, :, :BLOCK].triu_()
-        total += (part @ missing[:, start:]).square_().sum(1)
-        open_rows = total < error.gather(1, rows)
+    for start, end in _blocks(target.shape[1]):
+        part, steps = (None if values is None else _some_rows(values[:, start:end], rows) for values in (target, step))
+        nearest = _nearest(part, steps, limit)
+        torch.sub(part, nearest if steps is None else nearest.mul_(steps), out=missing[:, start:end])
+        total += (upper[:, start:end, start:] @ missing[:, start:]).square_().sum(1)
+        open_rows = total < error
         most = int(open_rows.sum(1).max())
         if most == 0:
             return
-        if 2 * most <= rows.shape[1]:
+        if 2 * most <= total.shape[1]:
             keep = torch.argsort(open_rows, dim=1, descending=True, stable=True)[:, :most]
-            rows, total = rows.gather(1, keep), total.gather(1, keep)
-            missing = missing.gather(2, keep.unsqueeze(1).expand(-1, columns, -1))
-    better = total < error.gather(1, rows)
-    index = rows.unsqueeze(1).expand(-1, columns, -1)
-    current = qvalue.gather(2, index)
-    qvalue.scatter_(2, index, torch.where(better.unsqueeze(1), nearest.gather(2, index).to(torch.int8), current))
+            rows = keep if rows is None else rows.gather(1, keep)
+            total, error, missing = total.gather(1, keep), error.gather(1, keep), _some_rows(missing, keep)
+    part, steps = (None if values is None else _some_rows(values, rows) for values in (target, step))
+    chosen = torch.where((total < error).unsqueeze(1), _nearest(part, steps, limit).to(torch.int8), _some_rows(qvalue, rows))
+    if rows is None:
+        qvalue.copy_(chosen)
+    else:
+        qvalue.scatter_(2, rows.unsqueeze(1).expand_as(chosen), chosen)
