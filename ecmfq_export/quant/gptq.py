@@ -30,8 +30,8 @@ from ecmfq_export.quant.workspace import Workspace
 BLOCK = 128
 """Columns rounded between two products with all the errors so far."""
 
-SUB_BLOCKS = (16, 4)
-"""Finer blocks inside: the fewer columns a step spans, the less memory it moves, the more calls it takes."""
+TILE, STRIP = 16, 4
+"""Columns of the finer blocks inside: a tile's columns of a few experts stay in a core's cache."""
 
 _RETRIES = 6
 _TRANSPOSE_COLUMNS = 32
@@ -146,7 +146,7 @@ def quantize_ordered(
         step = torch.empty_like(target)
         _to_columns(effective_scale(scale, multiplier, columns), position, step)
     qvalue, error = _walk(target, upper, step, limit, work)
-    _keep_better_rows(qvalue, error, target, upper, step, limit, work)
+    _keep_better_rows(qvalue, error, target, upper, step, limit, work)  # `target` holds what is missing now
     return QTensor(_to_rows(qvalue, position), scale, num_bits, group_size, multiplier)
 
 
@@ -190,80 +190,67 @@ def _blocks(columns: int) -> Iterator[tuple[int, int]]:
 
 
 def _walk(
-    target: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
+    values: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 grid points [E, K, N] of `target` [E, K, N] and each row's weighted error [E, N].
+    """Round `values` [E, K, N], the target, and leave target minus grid point in it.
 
-    `step` [E, K, N] is the grid's; None where `target` is in units of it.
+    `step` [E, K, N] is the grid's; None where `values` is in units of it.
+
+    Returns:
+        int8 grid points [E, K, N] and each row's weighted error [E, N].
     """
-    experts, columns, rows = target.shape
+    experts, columns, rows = values.shape
     diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    missing = work.take("missing", target.shape)  # target - grid point, of the columns done
-    qvalue = work.take("qvalue", target.shape, torch.int8)
+    qvalue = work.take("qvalue", values.shape, torch.int8)
     error = torch.zeros(experts, rows)
     for start, end in _blocks(columns):
         width = end - start
-        block, grid = (work.take(name, (experts, width, rows)) for name in ("block", "grid"))
         unit = torch.div(upper[:, start:end, start:], diagonal[:, start:end].unsqueeze(-1),
                          out=work.take("unit", (experts, width, columns - start)))
-        if end == columns:
-            block.copy_(target[:, start:])
-        else:
-            torch.baddbmm(target[:, start:end], unit[:, :, width:], missing[:, end:], out=block)
-        tile = _Tile(unit[:, :, :width], target[:, start:end], missing[:, start:end],
-                     None if step is None else step[:, start:end], limit)
-        tile.round(block, grid, 0, width, SUB_BLOCKS)
-        block.sub_(grid).mul_(diagonal[:, start:end].unsqueeze(-1))
-        error += block.square_().sum(1)
-        if tile.step is not None:
-            grid.div_(tile.step).round_()
-        qvalue[:, start:end] = grid
+        block = values[:, start:]
+        if end < columns:
+            block = torch.baddbmm(values[:, start:end], unit[:, :, width:], values[:, end:],
+                                  out=work.take("block", (experts, width, rows)))
+        inside, steps = values[:, start:end], None if step is None else step[:, start:end]
+        for low in range((width - 1) // TILE * TILE, -1, -TILE):
+            high = min(low + TILE, width)
+            value, grid = (work.take(name, (experts, high - low, rows)) for name in ("value", "grid"))
+            value.copy_(block[:, low:high])
+            if high < width:
+                value += unit[:, low:high, high:width] @ inside[:, high:]
+            _round_tile(value, grid, inside[:, low:high], unit[:, low:high, low:high],
+                        None if steps is None else steps[:, low:high], limit)
+            value.sub_(grid).mul_(diagonal[:, start + low : start + high].unsqueeze(-1))
+            error += value.square_().sum(1)
+            qvalue[:, start + low : start + high] = grid if steps is None else grid.div_(steps[:, low:high]).round_()
     return qvalue, error
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """The walk inside one block of columns.
+def _round_tile(
+    value: torch.Tensor, grid: torch.Tensor, inside: torch.Tensor, unit: torch.Tensor, step: torch.Tensor | None, limit: int
+) -> None:
+    """Round a few columns [E, B, N], the last first.
 
-    Attributes:
-        unit: [E, B, B], the block's part of L^T, each row divided by its diagonal element.
-        target, missing: [E, B, N] of the block's columns; `missing` is written.
-        step: [E, B, N] or None.
-        limit: of the grid.
+    Args:
+        value: what the columns after these leave to be done, completed here to v.
+        grid: written, the grid's values.
+        inside: the targets, turned into target minus grid.
+        unit: [E, B, B] of L^T, each row divided by its diagonal element.
     """
-
-    unit: torch.Tensor
-    target: torch.Tensor
-    missing: torch.Tensor
-    step: torch.Tensor | None
-    limit: int
-
-    def round(self, block: torch.Tensor, grid: torch.Tensor, start: int, end: int, sizes: tuple[int, ...]) -> None:
-        """Round columns end - 1 down to start.
-
-        `block` [E, B, N] holds what the columns from `end` on leave to be done and is completed here to v; the grid's values
-        go to `grid`.
-        """
-        if not sizes:
-            for column in range(end - 1, start - 1, -1):
-                value = block[:, column]
-                for done in range(column + 1, end):
-                    value.addcmul_(self.missing[:, done], self.unit[:, column, done].unsqueeze(-1))
-                self._round_column(value, grid[:, column], column)
-            return
-        for low in range(start + (end - start - 1) // sizes[0] * sizes[0], start - 1, -sizes[0]):
-            high = min(low + sizes[0], end)
-            if high < end:
-                block[:, low:high] += self.unit[:, low:high, high:end] @ self.missing[:, high:end]
-            self.round(block, grid, low, high, sizes[1:])
-
-    def _round_column(self, value: torch.Tensor, grid: torch.Tensor, column: int) -> None:
-        if self.step is None:
-            torch.round(value, out=grid).clamp_(-self.limit, self.limit)
-        else:
-            step = self.step[:, column]
-            torch.div(value, step, out=grid).round_().clamp_(-self.limit, self.limit).mul_(step)
-        torch.sub(self.target[:, column], grid, out=self.missing[:, column])
+    width = value.shape[1]
+    for low in range((width - 1) // STRIP * STRIP, -1, -STRIP):
+        high = min(low + STRIP, width)
+        if high < width:
+            value[:, low:high] += unit[:, low:high, high:] @ inside[:, high:]
+        for column in range(high - 1, low - 1, -1):
+            current, rounded = value[:, column], grid[:, column]
+            for done in range(column + 1, high):
+                current.addcmul_(inside[:, done], unit[:, column, done].unsqueeze(-1))
+            if step is None:
+                torch.round(current, out=rounded).clamp_(-limit, limit)
+            else:
+                torch.div(current, step[:, column], out=rounded).round_().clamp_(-limit, limit).mul_(step[:, column])
+            inside[:, column] -= rounded
 
 
 def _nearest(target: torch.Tensor, step: torch.Tensor | None, limit: int) -> torch.Tensor:
@@ -276,32 +263,40 @@ def _some_rows(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _keep_better_rows(
-    qvalue: torch.Tensor, error: torch.Tensor, target: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int,
+    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int,
     work: Workspace,
 ) -> None:
     """Rows where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
 
     The error of rounding to nearest is a sum of squares over columns, and the largest come first: once a row's sum so far
     exceeds what the walk reached, the row is settled, and columns go on with those that are not.
+
+    `missing` is the target minus the walk's grid point.
     """
     rows: torch.Tensor | None = None  # those that are not settled, and a few others to fill up
-    missing = work.take("missing", target.shape)
+    other = work.take("nearest", missing.shape)  # the target minus its nearest grid point
     total = torch.zeros_like(error)
-    for start, end in _blocks(target.shape[1]):
-        part, steps = (None if values is None else _some_rows(values[:, start:end], rows) for values in (target, step))
-        nearest = _nearest(part, steps, limit)
-        torch.sub(part, nearest if steps is None else nearest.mul_(steps), out=missing[:, start:end])
-        total += (upper[:, start:end, start:] @ missing[:, start:]).square_().sum(1)
-        open_rows = total < error
-        most = int(open_rows.sum(1).max())
+
+    def targets(part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        steps = None if step is None else _some_rows(step[:, part], rows)
+        points = _some_rows(qvalue[:, part], rows).float()
+        return _some_rows(missing[:, part], rows) + (points if steps is None else points.mul_(steps)), steps
+
+    for start, end in _blocks(missing.shape[1]):
+        target, steps = targets(slice(start, end))
+        nearest = _nearest(target, steps, limit)
+        torch.sub(target, nearest if steps is None else nearest.mul_(steps), out=other[:, start:end])
+        total += (upper[:, start:end, start:] @ other[:, start:]).square_().sum(1)
+        unsettled = total < error
+        most = int(unsettled.sum(1).max())
         if most == 0:
             return
         if 2 * most <= total.shape[1]:
-            keep = torch.argsort(open_rows, dim=1, descending=True, stable=True)[:, :most]
+            keep = torch.argsort(unsettled, dim=1, descending=True, stable=True)[:, :most]
             rows = keep if rows is None else rows.gather(1, keep)
-            total, error, missing = total.gather(1, keep), error.gather(1, keep), _some_rows(missing, keep)
-    part, steps = (None if values is None else _some_rows(values, rows) for values in (target, step))
-    chosen = torch.where((total < error).unsqueeze(1), _nearest(part, steps, limit).to(torch.int8), _some_rows(qvalue, rows))
+            total, error, other = total.gather(1, keep), error.gather(1, keep), _some_rows(other, keep)
+    target, steps = targets(slice(None))
+    chosen = torch.where((total < error).unsqueeze(1), _nearest(target, steps, limit).to(torch.int8), _some_rows(qvalue, rows))
     if rows is None:
         qvalue.copy_(chosen)
     else:
