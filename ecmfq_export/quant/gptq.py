@@ -1,8 +1,14 @@
 """Blocked GPTQ (arXiv 2210.17323), batched over all experts of a layer at once.
 
-Columns are rounded one after the other and each column's error is spread over the columns not yet rounded. With ``H = R R^T``,
-R upper triangular, the update needs only ``U = R^-1`` (``H^-1 = U^T U``): one batched Cholesky (of H with its columns
-reversed, which makes R upper) and one batched triangular inverse. The column loop runs over all experts and rows together.
+Columns are rounded one after the other, each to the grid point nearest to what the errors of the columns before it leave to be
+done. This is Babai's nearest-plane walk on the lattice of H (arXiv 2507.18553): with ``H = L L^T``, L lower triangular, and
+``d = w - q`` a row's errors so far, column k (from the last to the first) is rounded at
+
+    ``v_k = w_k + sum_{j > k} d_j L_jk / L_kk``
+
+and the row's weighted error comes out as ``sum_k L_kk^2 (v_k - q_k)^2``. GPTQ's textbook loop takes the same steps through the
+Cholesky factor of H's inverse; this form needs neither the inverse nor a second factorization, and its products write 128
+columns at a time instead of all that are left.
 
 The cross term of GPTAQ enters in closed form: ``sum w |W x - Q xh|^2 = |(Q - W*) |^2_H + const`` with
 ``W* = W + W D H^-1``, so GPTQ is run on W*.
@@ -10,16 +16,25 @@ The cross term of GPTAQ enters in closed form: ``sum w |W x - Q xh|^2 = |(Q - W*
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.quant.hessian import weighted_error
+from ecmfq_export.quant.cholesky import solve_symmetric, upper_cholesky
 from ecmfq_export.quant.qtensor import QTensor, chunked, grid_limit
-from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip, choose_scale, effective_scale, round_to_grid
+from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip, choose_scale, effective_scale
+from ecmfq_export.quant.workspace import Workspace
 
 BLOCK = 128
-SUB_BLOCK = 16
+"""Columns rounded between two products with all the errors so far."""
+
+TILE, STRIP = 16, 4
+"""Columns of the finer blocks inside: a tile's columns of a few experts stay in a core's cache."""
+
 _RETRIES = 6
+_TRANSPOSE_COLUMNS = 32
 
 
 def quantize_gptq(
@@ -35,8 +50,8 @@ def quantize_gptq(
         percdamp: damping as a fraction of the mean diagonal, one for all or float [E].
         cross: D of :mod:`hessian`, [E, K, K], on the scale of `hessian`.
         cross_strength: factor on the correction ``W D H^-1``; 1 is the minimizer, less trusts the samples less.
-        clip: rule of the scales, weighted by H's diagonal where it searches.
-        descending: round the columns with the largest diagonal first.
+        clip: rule of the scales; where it searches, a column weighs as in the walk's error, ``L_kk^2``.
+        descending: round the columns with the largest diagonal first; else in their own order.
         max_bytes: working memory; experts are processed in chunks that fit (at least one).
 
     Returns:
@@ -48,117 +63,241 @@ def quantize_gptq(
     experts, rows, columns = weight.shape
     damp = torch.as_tensor(percdamp, dtype=torch.float32).expand(experts)
     qvalue = torch.empty(weight.shape, dtype=torch.int8)
-    scales, multipliers = [], []
-    for part in chunked(experts, gptq_bytes(rows, columns), max_bytes):
-        matrix, factor = _prepared(hessian[part])
-        importance = matrix.diagonal(dim1=-2, dim2=-1)
-        order = torch.argsort(importance, dim=-1, descending=True, stable=True) if descending else None
-        back = None if order is None else torch.argsort(order, dim=-1)
-        lower, damped = _damped_cholesky(_columns(_columns(matrix, order).mT, order), damp[part])
-        target = _columns(weight[part].float(), order)
-        if cross is not None and cross_strength:
-            # (W D) H^-1 through the factorization of the reversed matrix.
-            moved = _columns(_columns(cross[part] * factor, order).mT, order).mT
-            product = (target @ moved).flip(-1).mT
-            target = target + cross_strength * torch.cholesky_solve(product, lower).mT.flip(-1)
-        scale, multiplier = choose_scale(_columns(target, back), num_bits, group_size, clip, importance, max_bytes)
-        step = effective_scale(scale, multiplier, columns)
-        step = step if step.shape[-1] == 1 else _columns(step, order)
-        rounded = _round_columns(target, _upper_inverse(lower), step, grid_limit(num_bits))
-        qvalue[part] = _columns(_keep_better_rows(rounded, target, damped, step, grid_limit(num_bits)), back)
-        scales.append(scale)
-        if multiplier is not None:
-            multipliers.append(multiplier)
+    scales, multipliers, work = [], [], Workspace()
+    for part in chunked(experts, gptq_bytes(rows, columns) + 8 * columns * columns, max_bytes):
+        order = walk_order(hessian[part].diagonal(dim1=-2, dim2=-1), descending)
+        problem = Problem(ordered(hessian[part], order), damp[part], order,
+                          None if cross is None or not cross_strength else ordered(cross[part], order).mul_(cross_strength))
+        result = quantize_ordered(weight[part], problem, num_bits, group_size, clip, max_bytes, work)
+        qvalue[part] = result.qvalue
+        scales.append(result.scale)
+        if result.group_multiplier is not None:
+            multipliers.append(result.group_multiplier)
     return QTensor(qvalue, torch.cat(scales), num_bits, group_size, torch.cat(multipliers) if multipliers else None)
 
 
-def gptq_bytes(rows: int, columns: int) -> int:
-    """Working memory of :func:`quantize_gptq` for one expert."""
-    return 4 * (6 * columns * columns + 5 * rows * columns)
+@dataclass(frozen=True)
+class Problem:
+    """What GPTQ minimizes for E experts, columns laid out for the walk: the last is rounded first.
 
-
-def _prepared(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy scaled to mean diagonal 1, and the factor [E, 1, 1] that did it.
-
-    Columns that never carried anything get a 1 on the diagonal, so that they round to nearest.
+    Attributes:
+        matrix: float32 [E, K, K]; the upper triangle and the blocks of :data:`BLOCK` on the diagonal are read.
+        percdamp: float32 [E].
+        order: int64 [E, K], the weight's column at each place.
+        cross: float32 [E, K, K] in the same layout, its strength multiplied in, or None.
     """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+
+    matrix: torch.Tensor
+    percdamp: torch.Tensor
+    order: torch.Tensor
+    cross: torch.Tensor | None = None
+
+
+def gptq_bytes(rows: int, columns: int) -> int:
+    """Working memory of :func:`quantize_ordered` for one expert, beside its Hessian, its weight and the result."""
+    # The factor and its panels; three copies of the weight; int8 values in both layouts; blocks.
+    return 4 * (columns * columns + 3 * rows * columns) + 2 * rows * columns + 4 * 3 * BLOCK * (rows + columns)
+
+
+def walk_order(diagonal: torch.Tensor, descending: bool = True) -> torch.Tensor:
+    """Columns [..., K] laid out for the walk (last first): the largest `diagonal` first, or the first column first."""
+    if not descending:
+        return torch.arange(diagonal.shape[-1] - 1, -1, -1).expand_as(diagonal)
+    return torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)
+
+
+def ordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A copy of [E, K, K] with rows and columns in `order` [E, K]."""
+    columns = matrix.gather(2, order.unsqueeze(1).expand_as(matrix))
+    return columns.gather(1, order.unsqueeze(2).expand_as(matrix))
+
+
+def quantize_ordered(
+    weight: torch.Tensor, problem: Problem, num_bits: int, group_size: int, clip: Clip, max_bytes: int = DEFAULT_MAX_BYTES,
+    work: Workspace | None = None,
+) -> QTensor:
+    """GPTQ of all of `weight`'s experts at once; arguments and errors as :func:`quantize_gptq`."""
+    work = work or Workspace()
+    limit, columns = grid_limit(num_bits), weight.shape[-1]
+    diagonal = problem.matrix.diagonal(dim1=-2, dim2=-1)
     if not bool(torch.isfinite(diagonal).all()):
         raise UserError("a Hessian holds NaN or infinity", "check that the floating-point model is finite on the samples")
-    mean = diagonal.mean(-1)
-    factor = torch.where(mean > 0, 1.0 / mean, torch.ones_like(mean))[:, None, None]
-    matrix = hessian * factor
-    scaled = matrix.diagonal(dim1=-2, dim2=-1)
-    scaled.copy_(torch.where(scaled > 0, scaled, torch.ones_like(scaled)))
-    return matrix, factor
+    # Columns that never carried anything get the mean on the diagonal, so that they round to nearest.
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean, torch.ones_like(mean))))
+    position = torch.argsort(problem.order, dim=-1)
+    upper = _damped_factor(problem.matrix, problem.percdamp, diagonal.mean(-1), work)
+    # What a column's rounding costs once the columns after it have made up for it.
+    importance = upper.diagonal(dim1=-2, dim2=-1).square().gather(1, position)
+    weight = weight.float()
+    target = work.take("target", (len(weight), columns, weight.shape[1]))
+    if problem.cross is None:
+        scale, multiplier = choose_scale(weight, num_bits, group_size, clip, importance, max_bytes)
+        _to_columns(weight, position, target)
+    else:
+        _to_columns(weight, position, target)
+        target += solve_symmetric(upper, problem.cross.mT @ target)
+        scale, multiplier = choose_scale(_to_rows(target, position), num_bits, group_size, clip, importance, max_bytes)
+    step = None
+    if multiplier is None:
+        # One step a row: the walk runs in units of it.
+        target /= scale.unsqueeze(1)
+    else:
+        step = torch.empty_like(target)
+        _to_columns(effective_scale(scale, multiplier, columns), position, step)
+    qvalue, error = _walk(target, upper, step, limit, work)
+    _keep_better_rows(qvalue, error, target, upper, step, limit, work)  # `target` holds what is missing now
+    return QTensor(_to_rows(qvalue, position), scale, num_bits, group_size, multiplier)
 
 
-def _damped_cholesky(matrix: torch.Tensor, damp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower factor of the column-reversed damped matrix and the damped matrix; experts that fail get ten times the damping."""
-    damp = damp.clone()
+def _damped_factor(matrix: torch.Tensor, percdamp: torch.Tensor, mean: torch.Tensor, work: Workspace) -> torch.Tensor:
+    """U = L^T of the damped matrices; experts that fail get ten times the damping."""
     for _ in range(_RETRIES):
-        damped = matrix.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damp.unsqueeze(-1) * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
-        lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-        failed = info != 0
+        upper, failed = upper_cholesky(matrix, percdamp * mean, work.take("factor", matrix.shape))
         if not bool(failed.any()):
-            return lower, damped
-        damp = torch.where(failed, damp * 10, damp)
+            return upper
+        percdamp = torch.where(failed, percdamp * 10, percdamp)
     raise UserError(
-        f"the Hessians of {int(failed.sum())} experts are not positive definite, even with damping {float(damp.max()):g}",
+        f"the Hessians of {int(failed.sum())} experts are not positive definite, even with damping {float(percdamp.max()):g}",
         "raise percdamp, or use more calibration samples",
     )
 
 
-def _upper_inverse(lower: torch.Tensor) -> torch.Tensor:
-    """U = R^-1 with R = reversed `lower`, so that H^-1 = U^T U, U upper triangular."""
-    identity = torch.eye(lower.shape[-1]).expand_as(lower)
-    return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+def _to_columns(weight: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
+    """Write float32 [E, N, K] to `out` [E, K, N], column k at row ``position[k]``, so that each column of a step is contiguous.
 
-
-def _columns(values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Columns of [E, N, K] in each expert's own `order` [E, K]; as they are where it is None."""
-    return values if order is None else values.gather(2, order.unsqueeze(1).expand_as(values))
-
-
-def _round_columns(weight: torch.Tensor, upper: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Tensor:
-    """int8 [E, N, K]: the column loop, in blocks of 128 columns with sub-blocks of 16.
-
-    Columns lie as rows (transposed) so that each one is contiguous; within a sub-block errors are spread column by column,
-    across sub-blocks and blocks by one matrix product each, which keeps the loop's memory traffic small.
+    A product with the identity: the matrix library packs its operands several times faster than a strided copy moves them.
     """
-    columns = weight.shape[-1]
-    work = weight.mT.contiguous()
-    steps = step.mT.expand_as(work) if step.shape[-1] == 1 else step.mT.contiguous()
-    errors = torch.empty_like(work)
-    result = torch.empty(work.shape, dtype=torch.int8)
-    for block in range(0, columns, BLOCK):
-        block_end = min(block + BLOCK, columns)
-        for sub in range(block, block_end, SUB_BLOCK):
-            sub_end = min(sub + SUB_BLOCK, block_end)
-            for column in range(sub, sub_end):
-                value = torch.round(work[:, column] / steps[:, column]).clamp_(-limit, limit)
-                result[:, column] = value.to(torch.int8)
-                error = (work[:, column] - value * steps[:, column]) / upper[:, column, column].unsqueeze(-1)
-                errors[:, column] = error
-                if column + 1 < sub_end:
-                    work[:, column + 1 : sub_end] -= upper[:, column, column + 1 : sub_end].unsqueeze(-1) * error.unsqueeze(1)
-            _spread(work, errors, upper, sub, sub_end, block_end)
-        _spread(work, errors, upper, block, block_end, columns)
-    return result.mT
+    experts, rows, columns = weight.shape
+    flat, offset = out.view(-1, rows), columns * torch.arange(experts).unsqueeze(1)
+    for start in range(0, columns, _TRANSPOSE_COLUMNS):
+        end = min(start + _TRANSPOSE_COLUMNS, columns)
+        part = torch.eye(end - start).expand(experts, -1, -1) @ weight[:, :, start:end].mT
+        flat.index_copy_(0, (position[:, start:end] + offset).flatten(), part.view(-1, rows))
 
 
-def _spread(work: torch.Tensor, errors: torch.Tensor, upper: torch.Tensor, start: int, end: int, stop: int) -> None:
-    """Spread the errors of columns start..end over columns end..stop."""
-    if end < stop:
-        work[:, end:stop] -= upper[:, start:end, end:stop].mT @ errors[:, start:end]
+def _to_rows(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`_to_columns`, for any dtype."""
+    experts, columns, rows = values.shape
+    index = position + columns * torch.arange(experts).unsqueeze(1)
+    return values.view(-1, rows).index_select(0, index.flatten()).view_as(values).mT.contiguous()
+
+
+def _blocks(columns: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each block, the last one first."""
+    for start in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        yield start, min(start + BLOCK, columns)
+
+
+def _walk(
+    values: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round `values` [E, K, N], the target, and leave target minus grid point in it.
+
+    `step` [E, K, N] is the grid's; None where `values` is in units of it.
+
+    Returns:
+        int8 grid points [E, K, N] and each row's weighted error [E, N].
+    """
+    experts, columns, rows = values.shape
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    qvalue = work.take("qvalue", values.shape, torch.int8)
+    error = torch.zeros(experts, rows)
+    for start, end in _blocks(columns):
+        width = end - start
+        unit = torch.div(upper[:, start:end, start:], diagonal[:, start:end].unsqueeze(-1),
+                         out=work.take("unit", (experts, width, columns - start)))
+        block = values[:, start:]
+        if end < columns:
+            block = torch.baddbmm(values[:, start:end], unit[:, :, width:], values[:, end:],
+                                  out=work.take("block", (experts, width, rows)))
+        inside, steps = values[:, start:end], None if step is None else step[:, start:end]
+        for low in range((width - 1) // TILE * TILE, -1, -TILE):
+            high = min(low + TILE, width)
+            value, grid = (work.take(name, (experts, high - low, rows)) for name in ("value", "grid"))
+            value.copy_(block[:, low:high])
+            if high < width:
+                value += unit[:, low:high, high:width] @ inside[:, high:]
+            _round_tile(value, grid, inside[:, low:high], unit[:, low:high, low:high],
+                        None if steps is None else steps[:, low:high], limit)
+            value.sub_(grid).mul_(diagonal[:, start + low : start + high].unsqueeze(-1))
+            error += value.square_().sum(1)
+            qvalue[:, start + low : start + high] = grid if steps is None else grid.div_(steps[:, low:high]).round_()
+    return qvalue, error
+
+
+def _round_tile(
+    value: torch.Tensor, grid: torch.Tensor, inside: torch.Tensor, unit: torch.Tensor, step: torch.Tensor | None, limit: int
+) -> None:
+    """Round a few columns [E, B, N], the last first.
+
+    Args:
+        value: what the columns after these leave to be done, completed here to v.
+        grid: written, the grid's values.
+        inside: the targets, turned into target minus grid.
+        unit: [E, B, B] of L^T, each row divided by its diagonal element.
+    """
+    width = value.shape[1]
+    for low in range((width - 1) // STRIP * STRIP, -1, -STRIP):
+        high = min(low + STRIP, width)
+        if high < width:
+            value[:, low:high] += unit[:, low:high, high:] @ inside[:, high:]
+        for column in range(high - 1, low - 1, -1):
+            current, rounded = value[:, column], grid[:, column]
+            for done in range(column + 1, high):
+                current.addcmul_(inside[:, done], unit[:, column, done].unsqueeze(-1))
+            if step is None:
+                torch.round(current, out=rounded).clamp_(-limit, limit)
+            else:
+                torch.div(current, step[:, column], out=rounded).round_().clamp_(-limit, limit).mul_(step[:, column])
+            inside[:, column] -= rounded
+
+
+def _nearest(target: torch.Tensor, step: torch.Tensor | None, limit: int) -> torch.Tensor:
+    return (torch.round(target) if step is None else torch.div(target, step).round_()).clamp_(-limit, limit)
+
+
+def _some_rows(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """[E, B, M] of [E, B, N]: `rows` [E, M] of each expert; all of them where it is None."""
+    return values if rows is None else values.gather(2, rows.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 def _keep_better_rows(
-    qvalue: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor, step: torch.Tensor, limit: int
-) -> torch.Tensor:
-    """Rows where rounding to nearest has the smaller error keep it: rows are independent, and GPTQ's order is greedy."""
-    nearest = round_to_grid(target, step, limit)
-    ours = weighted_error(qvalue.float() * step - target, matrix)
-    theirs = weighted_error(nearest.float() * step - target, matrix)
-    return torch.where((theirs < ours).unsqueeze(-1), nearest, qvalue)
+    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int,
+    work: Workspace,
+) -> None:
+    """Rows where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
+
+    The error of rounding to nearest is a sum of squares over columns, and the largest come first: once a row's sum so far
+    exceeds what the walk reached, the row is settled, and columns go on with those that are not.
+
+    `missing` is the target minus the walk's grid point.
+    """
+    rows: torch.Tensor | None = None  # those that are not settled, and a few others to fill up
+    other = work.take("nearest", missing.shape)  # the target minus its nearest grid point
+    total = torch.zeros_like(error)
+
+    def targets(part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        steps = None if step is None else _some_rows(step[:, part], rows)
+        points = _some_rows(qvalue[:, part], rows).float()
+        return _some_rows(missing[:, part], rows) + (points if steps is None else points.mul_(steps)), steps
+
+    for start, end in _blocks(missing.shape[1]):
+        target, steps = targets(slice(start, end))
+        nearest = _nearest(target, steps, limit)
+        torch.sub(target, nearest if steps is None else nearest.mul_(steps), out=other[:, start:end])
+        total += (upper[:, start:end, start:] @ other[:, start:]).square_().sum(1)
+        unsettled = total < error
+        most = int(unsettled.sum(1).max())
+        if most == 0:
+            return
+        if 2 * most <= total.shape[1]:
+            keep = torch.argsort(unsettled, dim=1, descending=True, stable=True)[:, :most]
+            rows = keep if rows is None else rows.gather(1, keep)
+            total, error, other = total.gather(1, keep), error.gather(1, keep), _some_rows(other, keep)
+    target, steps = targets(slice(None))
+    chosen = torch.where((total < error).unsqueeze(1), _nearest(target, steps, limit).to(torch.int8), _some_rows(qvalue, rows))
+    if rows is None:
+        qvalue.copy_(chosen)
+    else:
+        qvalue.scatter_(2, rows.unsqueeze(1).expand_as(chosen), chosen)
