@@ -19,8 +19,8 @@ from transformers.models.kimi_k25 import modeling_kimi_k25 as kimi
 from vocabulary import MAX_TOKENS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "tiny_vlm"))
-from model import routed_experts_forward  # noqa: E402
-from model import use_training_forms as use_qwen_training_forms  # noqa: E402
+from model import routed_experts_forward
+from model import use_training_forms as use_qwen_training_forms
 
 SEEDS = {"qwen_a": 0, "qwen_b": 1, "kimi_a": 2, "kimi_b": 3}
 """The models and their seeds (of initialization and of the order of the data)."""

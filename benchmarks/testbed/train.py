@@ -24,7 +24,14 @@ from dialogue import QUESTIONS, ask_text, caption
 from families import SEEDS, build_config, build_model, family_of, routers
 from fast_muon import build_optimizers
 from packing import (
-    IMAGE_EMBEDDING, TEXT_EMBEDDING, Batch, Encoder, image_embedding, pack, text_embedding, training_batch,
+    IMAGE_EMBEDDING,
+    TEXT_EMBEDDING,
+    Batch,
+    Encoder,
+    image_embedding,
+    pack,
+    text_embedding,
+    training_batch,
 )  # fmt: skip
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GenerationConfig
