@@ -36,13 +36,13 @@ _TEXT = {
         "num_experts": 24, "num_experts_per_tok": 3, "moe_intermediate_size": 56,
     },
     "kimi_a": {
-        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 16,
+        "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 16,
         "num_experts_per_tok": 4, "moe_intermediate_size": 80, "intermediate_size": 320, "kv_lora_rank": 64,
         "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
     },
     "kimi_b": {
-        "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6, "n_routed_experts": 24,
-        "num_experts_per_tok": 3, "moe_intermediate_size": 72, "intermediate_size": 288, "kv_lora_rank": 48,
+        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6, "n_routed_experts": 24,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 56, "intermediate_size": 288, "kv_lora_rank": 48,
         "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
     },
 }  # fmt: skip
@@ -174,9 +174,28 @@ def build_model(name: str, config, seed: int, for_training: bool = True) -> nn.M
     model = kind(config)
     # The residual stream wants about unit variance at its entry.
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.5)
+    plant_vision_channels(model)
     if for_training:
         use_training_forms(model)
     return model
+
+
+VISION_CHANNELS = 6
+
+
+@torch.no_grad()
+def plant_vision_channels(model: nn.Module) -> None:
+    """Begin with a few channels in which image tokens are large and text tokens small, as large VLMs come to have them.
+
+    Sets the bias of the last projection of the vision tower's output and scales the text embeddings down in VISION_CHANNELS
+    channels; training is free to change both.
+    """
+    inner = model.model
+    out = inner.visual.merger.linear_fc2 if hasattr(inner, "visual") else inner.mm_projector.out_proj
+    channels = torch.randperm(out.bias.shape[0])[:VISION_CHANNELS]
+    size = 3.0 + 3.0 * torch.rand(VISION_CHANNELS)
+    out.bias[channels] = torch.where(torch.rand(VISION_CHANNELS) < 0.5, -size, size)
+    inner.language_model.embed_tokens.weight[:, channels] *= 0.1
 
 
 def use_training_forms(model: nn.Module) -> None:

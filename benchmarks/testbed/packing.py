@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cells import GRIDS, SPLITS, make_scene, render
+from cells import ATTRIBUTES, GRIDS, HOURS, SPLITS, Scene, make_scene, render
 from dialogue import IMAGE_EMBEDDING_PROMPT, QA, QUESTIONS, TEXT_EMBEDDING_PROMPT, ask_text, caption, different_caption
 from vocabulary import FORMS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE
 
@@ -74,6 +74,7 @@ class Batch:
     weights: torch.Tensor  # [B, L] float32
     ends: list[list[tuple[int, int]]]  # of each branch of each row: its first and last position
     embeddings: dict[str, torch.Tensor]  # type: [n, 2] int64 (row, position) of the last prompt tokens, in order
+    cell_classes: torch.Tensor | None = None  # [cells of all images, attributes] int64 by CELL_CLASSES (training only)
 
 
 def pack(rows: list[list[QA]], images: np.ndarray, encoder: Encoder, list_weight: float = 0.6) -> Batch:
@@ -147,6 +148,23 @@ def pack(rows: list[list[QA]], images: np.ndarray, encoder: Encoder, list_weight
     )
 
 
+CELL_CLASSES = {**ATTRIBUTES, "hand": len(HOURS), "row": 6, "column": 6}
+"""What the vision tower's features are taught about a cell, with the number of classes: a row is one of one, two or three."""
+
+
+def cell_classes(scenes: list[Scene]) -> torch.Tensor:
+    """[cells of all scenes, attributes] int64 in the order of the image tokens."""
+    columns = []
+    for name in (*ATTRIBUTES, "hand"):
+        values = np.concatenate([getattr(scene, name) for scene in scenes])
+        columns.append(values if name == "shape" else (values * CELL_CLASSES[name]).astype(np.int64))
+    # Numbered over the possible counts: 0 of one; 1, 2 of two; 3, 4, 5 of three.
+    places = [(np.arange(s.cells) // s.cols + s.rows * (s.rows - 1) // 2, np.arange(s.cells) % s.cols + s.cols * (s.cols - 1) // 2)
+              for s in scenes]  # fmt: skip
+    columns += [np.concatenate(one) for one in zip(*places, strict=True)]
+    return torch.from_numpy(np.stack(columns, 1))
+
+
 def image_embedding() -> QA:
     """The branch whose last hidden state is an image's embedding."""
     return QA(IMAGE_EMBEDDING_PROMPT, "", IMAGE_EMBEDDING)
@@ -184,4 +202,6 @@ def training_batch(step: int, seed: int, rows: int, encoder: Encoder, bins: int,
         row.append(ask_text(rng))
         row += [QUESTIONS[names[k]](scene, rng) for k in rng.choice(len(names), questions, p=p / p.sum())]
         drawn.append(row)
-    return pack(drawn, render(scenes), encoder)
+    batch = pack(drawn, render(scenes), encoder)
+    batch.cell_classes = cell_classes(scenes)
+    return batch

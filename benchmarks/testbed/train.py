@@ -24,6 +24,7 @@ from dialogue import QUESTIONS, ask_text, caption
 from families import SEEDS, build_config, build_model, family_of, routers
 from fast_muon import build_optimizers
 from packing import (
+    CELL_CLASSES,
     IMAGE_EMBEDDING,
     TEXT_EMBEDDING,
     Batch,
@@ -33,6 +34,7 @@ from packing import (
     text_embedding,
     training_batch,
 )  # fmt: skip
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GenerationConfig
 from vocabulary import write_processor_files
@@ -94,6 +96,29 @@ def update_selection_bias(model, outputs: list[tuple], mass: torch.Tensor, rate:
         load = torch.zeros(mass.shape[0], router.num_experts).scatter_(1, indices, 1.0)
         load = mass @ load / indices.shape[1]
         router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
+
+class CellProbe(nn.Module):
+    """Linear classifiers of a cell's attributes on the vision tower's output, one image token a cell.
+
+    Learned with the model and thrown away: answers alone teach the tower shapes and hands only after many hundred steps, this
+    teaches them in a hundred.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        width = model.config.text_config.hidden_size
+        self.heads = nn.ModuleList([nn.Linear(width, count) for count in CELL_CLASSES.values()])
+        self._features: list[torch.Tensor] = []
+        out = model.model.visual.merger if hasattr(model.model, "visual") else model.model.mm_projector
+        out.register_forward_hook(lambda _m, _i, features: self._features.append(features.reshape(-1, width)))
+
+    def loss(self, classes: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the last forward's features against [cells, attributes] classes."""
+        features = self._features[-1]
+        self._features.clear()
+        losses = [F.cross_entropy(head(features), classes[:, i]) for i, head in enumerate(self.heads)]
+        return torch.stack(losses).mean()
 
 
 def forward(model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,15 +210,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("model", choices=sorted(SEEDS))
     parser.add_argument("--out", type=Path, default=None, help="default: checkpoints/MODEL beside this file")
     parser.add_argument("--work", type=Path, default=Path("/tmp/testbed"), help="resumable state and the log")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--stop-at", type=int, default=None, help="stop early, as an interruption would (schedule kept)")
-    parser.add_argument("--rows", type=int, default=32, help="images a step")
+    parser.add_argument("--rows", type=int, default=24, help="images a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--warmup", type=int, default=60)
     parser.add_argument("--balance", type=float, default=0.01)
     parser.add_argument("--bias-rate", type=float, default=0.002)
     parser.add_argument("--contrastive", type=float, default=0.25)
+    parser.add_argument("--probe", type=float, default=0.5)
     parser.add_argument("--eval-every", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
@@ -215,15 +241,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(work / "processor")
     encoder = Encoder(tokenizer, family)
     model = build_model(name, build_config(name, tokenizer), seed)
-    tap = RouterTap(model)
+    tap, probe = RouterTap(model), CellProbe(model)
     top_k = model.config.text_config.num_experts_per_tok
-    optimizers = build_optimizers(model, args.lr, args.muon_lr)
+    optimizers = [*build_optimizers(model, args.lr, args.muon_lr), torch.optim.AdamW(probe.parameters(), lr=args.lr)]
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
     state_file, log_file = work / "state.pt", work / "log.jsonl"
     begin = 0
     if args.resume and state_file.exists():
         state = torch.load(state_file)
         model.load_state_dict(state["model"])
+        probe.load_state_dict(state["probe"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         begin = state["step"]
@@ -232,7 +259,8 @@ def main() -> None:
         log_file.unlink()
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+        state = {"model": model.state_dict(), "probe": probe.state_dict(), "step": step}
+        state["optimizers"] = [o.state_dict() for o in optimizers]
         torch.save(state, str(state_file) + ".new")
         os.replace(str(state_file) + ".new", state_file)
         save_checkpoint(model, name, out)
@@ -256,14 +284,16 @@ def main() -> None:
         balance = balance_loss(routed, mass, top_k)
         # Kimi's experts are balanced by the selection bias; the loss is only a light help there.
         scale = args.balance if family == "qwen" else 0.1 * args.balance
-        (answer + args.contrastive * contrast + scale * balance).backward()
+        cells = probe.loss(batch.cell_classes)
+        (answer + args.contrastive * contrast + args.probe * cells + scale * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if family == "kimi":
             update_selection_bias(model, routed, mass, args.bias_rate * factor)
-        for key, value in (("answer", answer.item()), ("contrast", contrast.item()), ("balance", balance.item())):
+        now = {"answer": answer, "contrast": contrast, "cells": cells, "balance": balance}
+        for key, value in ((k, v.item()) for k, v in now.items()):
             running[key] = 0.95 * running.get(key, value) + 0.05 * value
         done = step + 1
         if done % 25 == 0:
