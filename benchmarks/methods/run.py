@@ -136,7 +136,7 @@ def quantize(
     config = build_config(QuantConfig, {**settings_of(variant), **plan.settings, "seed": seed}, variant)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:12]
     out = work / digest / "quantized"
-    quantize_model(fp_dir, pool, out, config, progress, shared_dir=work)
+    quantize_model(fp_dir, pool, out, config, progress)
     info = bundle.read_manifest(out, "quantize").info
     return out, {"settings": dataclasses.asdict(config), "quantized_bytes": info["quantized_bytes"],
                  "quantized_bytes_in_16_bits": info["quantized_bytes_in_16_bits"],
@@ -147,7 +147,7 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
     """Whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(row), encoding="utf-8")
+    beside.write_text(json.dumps(row, default=lambda array: array.tolist()), encoding="utf-8")
     beside.rename(path)
 
 

@@ -10,6 +10,6 @@ export OMP_NUM_THREADS=1
 for model in qwen_a qwen_b kimi_a kimi_b; do
     [ -f "checkpoints/$model/config.json" ] || "$PYTHON" train.py "$model" --resume
     for strength in mild strong; do
-        "$PYTHON" stress.py "checkpoints/$model" -o "stressed/$model-$strength" --strength "$strength"
+        "$PYTHON" stress.py "checkpoints/$model" -o "stressed/$model.$strength" --strength "$strength"
     done
 done

@@ -1,6 +1,6 @@
 """Rewrite a checkpoint so that its activations have outliers, without changing what it computes.
 
-    python benchmarks/testbed/stress.py checkpoints/qwen_a -o stressed/qwen_a-strong --strength strong
+    python benchmarks/testbed/stress.py checkpoints/qwen_a -o stressed/qwen_a.strong --strength strong
 
 Every factor is a power of two, multiplied in one place and divided in the next, so that every product, and with it every
 logit and every routing decision, stays the same to the last bit (the script checks this and fails otherwise):
@@ -232,7 +232,7 @@ def stress_directory(source: Path, target: Path, strength: str, seed: int = 0) -
     norms = stress(stored, means, STRENGTHS[strength], seed)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "config.json"))
-    stored.save_pretrained(target)
+    stored.save_pretrained(target, save_original_format=False)
     check_equal(before, outputs_of(load(target)[0], check))
     tokens = sum(len(x) for x in before[0])
     report = {"source": source.name, "strength": strength, "seed": seed, "tokens_checked": tokens, "norms": norms}

@@ -191,7 +191,8 @@ def save_checkpoint(model, name: str, directory: Path) -> None:
     clone.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, bos_token_id=text.bos_token_id
     )
-    clone.save_pretrained(beside)
+    # Under the names of the classes: written back to "original" names, Kimi-K2.5 renames the decoder after its vision tower.
+    clone.save_pretrained(beside, save_original_format=False)
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
