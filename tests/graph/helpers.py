@@ -109,9 +109,10 @@ class Decoder:
     def __init__(self, runner: ort.InferenceSession, spec: ModelSpec, max_seq_len: int, batch: int, dtype=np.float32) -> None:
         self.runner, self.spec, self.max_seq_len, self.dtype = runner, spec, max_seq_len, dtype
         attention = spec.layers[0].attention
-        cache = (batch, attention.num_kv_heads, max_seq_len, attention.head_dim)
+        sizes = {"key": attention.key_head_dim, "value": attention.value_head_dim}
         # Garbage, not zeros: nothing that was never written may be read.
-        self.cache = {f"past_{k}_{i}": np.full(cache, 7.0, dtype) for i in range(spec.num_layers) for k in ("key", "value")}
+        self.cache = {f"past_{kind}_{i}": np.full((batch, attention.num_kv_heads, max_seq_len, size), 7.0, dtype)
+                      for i in range(spec.num_layers) for kind, size in sizes.items()}
         self.names = [o.name for o in runner.get_outputs()]
 
     def step(self, embeds, positions, cached, deepstack=None, last_index=None) -> dict[str, np.ndarray]:
