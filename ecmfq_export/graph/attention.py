@@ -2,7 +2,7 @@
 
 The cache form that ONNX Runtime runs and TensorRT builds: TensorScatter writes the new keys and values at each sequence's
 ``write_indices``, Attention reads the whole cache under a float mask and has one output. Latent attention caches its expanded
-keys and values, whose heads have two sizes.
+keys and values; TensorRT's Attention wants both of one shape, so the narrower ones are padded with zeros.
 """
 
 from __future__ import annotations
@@ -45,19 +45,33 @@ def emit_attention(
     """Attention of `x` [batch, seq, hidden].
 
     Args:
-        past: key and value cache, [batch, num_kv_heads, max_seq, key_head_dim] and [..., value_head_dim].
+        past: key and value cache, each [batch, num_kv_heads, max_seq, cache_head_dim].
 
     Returns:
         output [batch, seq, hidden], and the caches with the new keys and values written.
     """
     emit = _gqa if isinstance(spec, GqaSpec) else _mla
     query, key, value = emit(b, spec, x, inputs, linear, norm)
+    query, key = (_pad(b, v, spec.key_head_dim, cache_head_dim(spec), n) for n, v in (("q", query), ("k", key)))
+    value = _pad(b, value, spec.value_head_dim, cache_head_dim(spec), "v")
     cached_key = b.op("TensorScatter", past[0], key, inputs.write_indices, axis=2, mode="linear", name="k_cache")
     cached_value = b.op("TensorScatter", past[1], value, inputs.write_indices, axis=2, mode="linear", name="v_cache")
     attended = b.op("Attention", query, cached_key, cached_value, inputs.mask, scale=spec.scale, name="attention")
+    if spec.value_head_dim < cache_head_dim(spec):
+        attended, _ = _split(b, attended, (spec.value_head_dim, cache_head_dim(spec) - spec.value_head_dim), "o_unpad")
     merged = b.op("Transpose", attended, perm=[0, 2, 1, 3], name="o_transpose")
     merged = b.op("Reshape", merged, b.shape_const(0, 0, spec.num_heads * spec.value_head_dim), name="o_merge")
     return linear("o_proj", merged), cached_key, cached_value
+
+
+def cache_head_dim(spec: AttentionSpec) -> int:
+    """Channels of one head in the key and in the value cache."""
+    return max(spec.key_head_dim, spec.value_head_dim)
+
+
+def _pad(b: GraphBuilder, x: ir.Value, size: int, wanted: int, name: str) -> ir.Value:
+    """x [batch, heads, seq, size] with zeros up to `wanted` channels."""
+    return x if size == wanted else b.op("Pad", x, b.shape_const(*[0] * 7, wanted - size), name=f"{name}_pad")
 
 
 def _gqa(

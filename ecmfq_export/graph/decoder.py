@@ -8,7 +8,7 @@ Inputs, in order (T is the graph's type)::
     write_indices    [batch] int64                  tokens in the cache before this call
     last_index       [batch] int64                  position whose logits are wanted (``logits="last"`` only)
     deepstack_{i}    [batch, seq, hidden] T         added to layer i's output; zeros at text positions
-    past_key_{l}, past_value_{l}  [batch, num_kv_heads, max_seq, key_head_dim or value_head_dim] T
+    past_key_{l}, past_value_{l}  [batch, num_kv_heads, max_seq, head_dim] T   (attention.cache_head_dim)
 
 Outputs: ``logits`` [batch, seq or 1, vocab] float32, then ``present_key_{l}``, ``present_value_{l}`` as the past ones.
 The residual stream after layer l (DeepStack included) is the value ``hidden_{l}``; :func:`add_taps` makes outputs of them.
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.graph import ops
-from ecmfq_export.graph.attention import AttentionInputs, emit_attention
+from ecmfq_export.graph.attention import AttentionInputs, cache_head_dim, emit_attention
 from ecmfq_export.graph.builder import IR_VERSION, OPSET, GraphBuilder
 from ecmfq_export.graph.router import emit_router
 from ecmfq_export.models.moe_vlm import layer_shapes
@@ -89,17 +89,14 @@ class _Emitter:
         shared = AttentionInputs(*tables, mask, write)
         presents: list[ir.Value] = []
         for layer in spec.layers:
-            attention = layer.attention
-            caches = [["batch", attention.num_kv_heads, self.max_seq_len, size]
-                      for size in (attention.key_head_dim, attention.value_head_dim)]
-            past = tuple(_input(f"past_{kind}_{layer.index}", b.dtype, cache)
-                         for kind, cache in zip(("key", "value"), caches, strict=True))
+            cache = ["batch", layer.attention.num_kv_heads, self.max_seq_len, cache_head_dim(layer.attention)]
+            past = tuple(_input(f"past_{kind}_{layer.index}", b.dtype, cache) for kind in ("key", "value"))
             inputs += past
             hidden, *present = self._layer(layer, hidden, shared, past)
             if layer.index < spec.num_deepstack:
                 hidden = b.op("Add", hidden, deepstack[layer.index], name=f"layers.{layer.index}/deepstack")
             hidden.name = f"hidden_{layer.index}"
-            for kind, value, cache in zip(("key", "value"), present, caches, strict=True):
+            for kind, value in zip(("key", "value"), present, strict=True):
                 _output(value, f"present_{kind}_{layer.index}", b.dtype, cache)
             presents += present
         outputs = [self._head(hidden, last), *presents]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.graph import ops
+from ecmfq_export.graph.attention import cache_head_dim
 from ecmfq_export.models.spec import ModelSpec, MoESpec
 
 FILE = "runtime.json"
@@ -52,8 +53,7 @@ def runtime_facts(
         "max_image_patches": max_image_patches,
         "num_layers": spec.num_layers,
         "num_kv_heads": attention.num_kv_heads,
-        "key_head_dim": attention.key_head_dim,
-        "value_head_dim": attention.value_head_dim,
+        "head_dim": cache_head_dim(attention),
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
         "num_deepstack": spec.num_deepstack,

@@ -35,7 +35,7 @@ class DecodeState:
     Attributes:
         cached: [batch] int64, tokens in the cache of each row.
         deltas: [batch] int64, position of the next token minus ``cached`` (images advance positions by less than tokens).
-        cache: ``past_key_{l}`` and ``past_value_{l}``, [batch, kv_heads, max_seq, key_head_dim or value_head_dim].
+        cache: ``past_key_{l}`` and ``past_value_{l}``, [batch, kv_heads, max_seq, head_dim] each.
     """
 
     cached: np.ndarray
@@ -67,8 +67,7 @@ class DecoderSession:
         self.max_seq_len = self.spec.max_seq_len
         try:
             self.num_layers, self.num_kv_heads = int(runtime["num_layers"]), int(runtime["num_kv_heads"])
-            self.head_dims = {kind: int(runtime[f"{kind}_head_dim"]) for kind in ("key", "value")}
-            self.hidden_size = int(runtime["hidden_size"])
+            self.head_dim, self.hidden_size = int(runtime["head_dim"]), int(runtime["hidden_size"])
             self.image_token_id = int(runtime["image_token_id"])
             self.logits_last = {"last": True, "all": False}[runtime["logits"]]
             self._max_patches = int(runtime.get("max_image_patches", 0))
@@ -221,10 +220,9 @@ class DecoderSession:
             merged = [np.concatenate(parts) for parts in zip(*features, strict=True)]
             embeds = host.scatter_features(types, merged[0], embeds)
             deepstack = [host.scatter_features(types, feature) for feature in merged[1:]]
-        # One array for all layers' inputs: graphs do not write into their inputs.
-        empty = {kind: np.zeros((len(samples), self.num_kv_heads, self.max_seq_len, size), self.dtype)
-                 for kind, size in self.head_dims.items()}
-        cache = {f"past_{kind}_{layer}": empty[kind] for layer in range(self.num_layers) for kind in empty}
+        shape = (len(samples), self.num_kv_heads, self.max_seq_len, self.head_dim)
+        empty = np.zeros(shape, self.dtype)  # one array for every input: graphs do not write into their inputs
+        cache = {f"past_{kind}_{layer}": empty for layer in range(self.num_layers) for kind in ("key", "value")}
         state = DecodeState(lengths, deltas, cache)
         outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache)
         self._take_cache(outputs, state)
