@@ -36,14 +36,14 @@ def kimi_config(*, vision: dict[str, Any] | None = None, tie_word_embeddings: bo
     """The configuration of the tiny model; `text` and `vision` override single fields of the sub-configurations.
 
     Dimensions: hidden 128, expert intermediate 96, dense intermediate 160, 8 experts top-2 in 2 groups of which 1 is taken, 2 shared
-    experts, 3 layers of which the first is dense, 4 heads of 16 + 8 query channels and 24 value channels, latent rank 64, vocabulary
+    experts, 3 layers of which the first is dense, 4 heads of 16 + 8 query channels and 16 value channels, latent rank 64, vocabulary
     288, vision hidden 48, depth 2, patch 4, merge 2.
     """
     text_config = {
         "model_type": "deepseek_v3", "vocab_size": 288, "hidden_size": 128, "intermediate_size": 160, "moe_intermediate_size": 96,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_shared_experts": 2, "n_routed_experts": 8,
         "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.446, "first_k_dense_replace": 1,
-        "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 8, "v_head_dim": 24, "qk_nope_head_dim": 16,
+        "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "num_nextn_predict_layers": 0, "eos_token_id": 258, "pad_token_id": 256,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip

@@ -3,12 +3,12 @@
 Inputs, in order (T is the graph's type)::
 
     inputs_embeds    [batch, seq, hidden] T         token embeddings, image features in their places
-    rope_cos, _sin   [batch, seq, head_dim / 2] T   runtime.host_inputs.rope_tables
+    rope_cos, _sin   [batch, seq, rotated / 2] T    runtime.host_inputs.rope_tables
     attention_mask   [batch, 1, seq, max_seq] T     runtime.host_inputs.attention_mask
     write_indices    [batch] int64                  tokens in the cache before this call
     last_index       [batch] int64                  position whose logits are wanted (``logits="last"`` only)
     deepstack_{i}    [batch, seq, hidden] T         added to layer i's output; zeros at text positions
-    past_key_{l}, past_value_{l}  [batch, num_kv_heads, max_seq, head_dim] T
+    past_key_{l}, past_value_{l}  [batch, num_kv_heads, max_seq, head_dim] T   (attention.cache_head_dim)
 
 Outputs: ``logits`` [batch, seq or 1, vocab] float32, then ``present_key_{l}``, ``present_value_{l}`` as the past ones.
 The residual stream after layer l (DeepStack included) is the value ``hidden_{l}``; :func:`add_taps` makes outputs of them.
@@ -22,10 +22,11 @@ import onnx_ir as ir
 
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.graph import ops
-from ecmfq_export.graph.attention import AttentionInputs, emit_attention
+from ecmfq_export.graph.attention import AttentionInputs, cache_head_dim, emit_attention
 from ecmfq_export.graph.builder import IR_VERSION, OPSET, GraphBuilder
 from ecmfq_export.graph.router import emit_router
-from ecmfq_export.models.spec import DecoderLayerSpec, DenseMlpSpec, ModelSpec, MoESpec
+from ecmfq_export.models.moe_vlm import layer_shapes
+from ecmfq_export.models.spec import DecoderLayerSpec, DenseMlpSpec, MlaSpec, ModelSpec, MoESpec
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,7 @@ class _Emitter:
         self.model, self.spec = model, model.spec
         self.max_seq_len, self.logits = max_seq_len, logits
         self.b = GraphBuilder(dtype)
+        self._layer_shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def emit(self) -> ir.Model:
         spec, b = self.spec, self.b
@@ -87,7 +89,7 @@ class _Emitter:
         shared = AttentionInputs(*tables, mask, write)
         presents: list[ir.Value] = []
         for layer in spec.layers:
-            cache = ["batch", layer.attention.num_kv_heads, self.max_seq_len, layer.attention.head_dim]
+            cache = ["batch", layer.attention.num_kv_heads, self.max_seq_len, cache_head_dim(layer.attention)]
             past = tuple(_input(f"past_{kind}_{layer.index}", b.dtype, cache) for kind in ("key", "value"))
             inputs += past
             hidden, *present = self._layer(layer, hidden, shared, past)
@@ -117,7 +119,8 @@ class _Emitter:
             return self._linear(f"{prefix}.self_attn.{name}", name, x)
 
         def norm(name: str, x: ir.Value) -> ir.Value:
-            return self._norm(f"{prefix}.self_attn.{name}", name, x)
+            latent = isinstance(layer.attention, MlaSpec) and layer.attention.latent_norm_eps
+            return self._norm(f"{prefix}.self_attn.{name}", name, x, latent or self.spec.rms_norm_eps)
 
         with b.scope(prefix):
             x = self._norm(f"{prefix}.input_layernorm", "input_layernorm", hidden)
@@ -130,11 +133,8 @@ class _Emitter:
             return b.op("Add", hidden, x, name="mlp_residual"), key, value
 
     def _moe(self, prefix: str, spec: MoESpec, x: ir.Value) -> ir.Value:
-        if spec.num_shared_experts or spec.activation not in ops.ACTIVATIONS:
-            raise UnsupportedError(
-                f"{prefix}: {spec.num_shared_experts} shared experts with {spec.activation}",
-                f"supported: no shared expert, {', '.join(ops.ACTIVATIONS)}",
-            )
+        if spec.activation not in ops.ACTIVATIONS:
+            raise UnsupportedError(f"{prefix}: activation {spec.activation}", f"supported: {', '.join(ops.ACTIVATIONS)}")
         b, name = self.b, f"{prefix}.mlp.router.weight"
         with b.scope("router"):
             weight = b.weight(name, F32, [spec.hidden_size, spec.num_experts], lambda: self.model.tensor(name).float().T)
@@ -143,7 +143,7 @@ class _Emitter:
                 bias_name = f"{prefix}.mlp.router.selection_bias"
                 bias = b.weight(bias_name, F32, [spec.num_experts], lambda: self.model.tensor(bias_name))
             ids, weights = emit_router(b, spec, x, weight, bias)
-        e, i, h = spec.num_experts, spec.intermediate_size, spec.hidden_size
+        e, i, h = spec.total_experts, spec.intermediate_size, spec.hidden_size
         gate_up = self._weight(f"{prefix}.mlp.experts.gate_up_proj", [e, 2 * i, h])
         down = self._weight(f"{prefix}.mlp.experts.down_proj", [e, h, i])
         return b.op(ops.FLOAT_MOE, x, ids, weights, gate_up, down, domain=ops.DOMAIN, name="experts", **ops.moe_attributes(spec))
@@ -185,20 +185,22 @@ class _Emitter:
 
     def _shapes(self, canonical: str) -> tuple[int, int]:
         """[out, in] of a dense projection, from the spec."""
-        layer = self.spec.layers[int(canonical.split(".")[1])]
-        attention, hidden, kind = layer.attention, self.spec.hidden_size, canonical.rsplit(".", 1)[1]
-        if kind in ("q_proj", "o_proj"):
-            width = attention.num_heads * attention.head_dim
-            return (width, hidden) if kind == "q_proj" else (hidden, width)
-        if kind in ("k_proj", "v_proj"):
-            return attention.num_kv_heads * attention.head_dim, hidden
-        intermediate = layer.mlp.intermediate_size
-        return (hidden, intermediate) if kind == "down_proj" else (intermediate, hidden)
+        rows, columns = self._shape(f"{canonical}.weight")
+        return rows, columns
 
-    def _norm(self, canonical: str, name: str, x: ir.Value) -> ir.Value:
-        size = self.spec.layers[0].attention.head_dim if name in ("q_norm", "k_norm") else self.spec.hidden_size
-        scale = self._weight(f"{canonical}.weight", [size])
-        return self.b.op("RMSNormalization", x, scale, axis=-1, epsilon=self.spec.rms_norm_eps, name=name)
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by canonical name."""
+        if name == "norm.weight":
+            return (self.spec.hidden_size,)
+        _, index, suffix = name.split(".", 2)
+        layer = self.spec.layers[int(index)]
+        if layer.index not in self._layer_shapes:
+            self._layer_shapes[layer.index] = layer_shapes(self.spec, layer)
+        return self._layer_shapes[layer.index][suffix]
+
+    def _norm(self, canonical: str, name: str, x: ir.Value, epsilon: float | None = None) -> ir.Value:
+        scale = self._weight(f"{canonical}.weight", list(self._shape(f"{canonical}.weight")))
+        return self.b.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon or self.spec.rms_norm_eps, name=name)
 
     def _weight(self, name: str, shape: list[int]) -> ir.Value:
         return self.b.weight(name, self.b.dtype, shape, lambda: self.model.tensor(name))

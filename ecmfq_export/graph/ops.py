@@ -35,10 +35,10 @@ _EXACT_COLUMNS = 2**24 // (127 * 8)
 
 
 def moe_attributes(spec: MoESpec) -> dict[str, Any]:
-    """Attributes that both operators carry."""
+    """Attributes that both operators carry; to them a shared expert is one more expert in one more slot."""
     return {
-        "num_experts": spec.num_experts,
-        "top_k": spec.top_k,
+        "num_experts": spec.total_experts,
+        "top_k": spec.num_slots,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
         "activation": spec.activation,

@@ -28,7 +28,7 @@ def emit_router(
         selection_bias: float32 [num_experts], added for the selection only; None without.
 
     Returns:
-        topk_ids [batch, seq, top_k] int32 and topk_weights [batch, seq, top_k] float32, best first.
+        topk_ids [batch, seq, num_slots] int32 and topk_weights [batch, seq, num_slots] float32: best first, then the shared experts.
     """
     router = spec.router
     if b.dtype != F32:
@@ -42,10 +42,24 @@ def emit_router(
     weights = values if choice is scores else b.op("GatherElements", scores, ids, axis=-1, name="topk_scores")
     if router.renormalize:
         total = b.op("ReduceSum", weights, b.const([-1], ir.DataType.INT64, "last_axis"), keepdims=1, name="topk_total")
+        if router.renormalize_epsilon:
+            total = b.op("Add", total, b.const(router.renormalize_epsilon, F32, f"epsilon_{router.renormalize_epsilon}"), name="topk_floor")
         weights = b.op("Div", weights, total, name="topk_normalized")
     if router.scaling != 1.0:
         weights = b.op("Mul", weights, b.const(router.scaling, F32, f"router_scaling_{router.scaling}"), name="topk_scaled")
-    return b.cast(ids, ir.DataType.INT32, "topk_ids"), weights
+    ids = b.cast(ids, ir.DataType.INT32, "topk_ids")
+    return _append_shared(b, spec, ids, weights) if spec.num_shared_experts else (ids, weights)
+
+
+def _append_shared(b: GraphBuilder, spec: MoESpec, ids: ir.Value, weights: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Slots for the experts that every token takes, with weight 1."""
+    count = spec.num_shared_experts
+    tokens = b.op("Shape", ids, start=0, end=2, name="tokens")
+    shape = b.op("Concat", tokens, b.shape_const(count), axis=0, name="shared_shape")
+    own = b.const([[list(range(spec.num_experts, spec.total_experts))]], ir.DataType.INT32, f"shared_ids_{spec.num_experts}_{count}")
+    one = b.const([[[1.0] * count]], F32, f"shared_weights_{count}")
+    ids = b.op("Concat", ids, b.op("Expand", own, shape, name="shared_ids"), axis=-1, name="slot_ids")
+    return ids, b.op("Concat", weights, b.op("Expand", one, shape, name="shared_weights"), axis=-1, name="slot_weights")
 
 
 def _limit_groups(b: GraphBuilder, spec: MoESpec, choice: ir.Value) -> ir.Value:

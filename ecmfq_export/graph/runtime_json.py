@@ -8,6 +8,7 @@ from typing import Any
 
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.graph import ops
+from ecmfq_export.graph.attention import cache_head_dim
 from ecmfq_export.models.spec import ModelSpec, MoESpec
 
 FILE = "runtime.json"
@@ -52,7 +53,7 @@ def runtime_facts(
         "max_image_patches": max_image_patches,
         "num_layers": spec.num_layers,
         "num_kv_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
+        "head_dim": cache_head_dim(attention),
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
         "num_deepstack": spec.num_deepstack,
@@ -81,9 +82,9 @@ def runtime_facts(
     if moe is not None:
         facts["moe"] = {
             "op": ops.FLOAT_MOE if group_size is None else ops.ROUTED_MOE, "layers": list(spec.moe_layers),
-            "num_experts": moe.num_experts, "top_k": moe.top_k, "hidden_size": moe.hidden_size,
-            "intermediate_size": moe.intermediate_size, "activation": moe.activation, "group_size": group_size,
-            "weight_layout": None if group_size is None else weight_layout,
+            "num_experts": moe.num_experts, "top_k": moe.top_k, "num_shared_experts": moe.num_shared_experts,
+            "hidden_size": moe.hidden_size, "intermediate_size": moe.intermediate_size, "activation": moe.activation,
+            "group_size": group_size, "weight_layout": None if group_size is None else weight_layout,
         }  # fmt: skip
     return facts
 

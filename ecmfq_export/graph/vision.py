@@ -5,12 +5,15 @@ submodules, takes positions and interpolation taps from the host (runtime/host_i
 inside a frame with an additive mask, so that images of different sizes go through in one call and cannot see each other.
 
 Outputs: ``image_features`` [num_merged, hidden], then ``deepstack_{i}`` [num_merged, hidden].
+
+Two kinds of towers are known by the parts they are made of: Qwen3-VL's, and MoonViT with its projector (Kimi).
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 import torch
@@ -27,68 +30,139 @@ MASKED = -30000.0
 
 TORCH_DTYPES = {ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 
-_PARTS = (
-    "patch_embed",
-    "pos_embed",
-    "rotary_pos_emb",
-    "blocks",
-    "merger",
-    "deepstack_merger_list",
-    "deepstack_visual_indexes",
-)
 
 
-class HostedVisionTower(nn.Module):
-    """A Qwen3-VL vision tower whose data-dependent inputs come from the host.
+class HostedTower(nn.Module):
+    """A vision tower whose data-dependent inputs come from the host; subclasses say how it is put together.
 
-    Args:
+    Attributes:
+        PARTS: dotted names of the submodules that tell this kind of tower.
         tower: transformers' module; its submodules are shared, not copied.
-
-    Raises:
-        UnsupportedError: a tower made of other parts.
     """
+
+    PARTS: tuple[str, ...] = ()
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
-        missing = [part for part in _PARTS if not hasattr(tower, part)]
-        if missing:
-            raise UnsupportedError(
-                f"vision tower {type(tower).__name__} has no {', '.join(missing)}",
-                "only towers of the Qwen3-VL form can be exported",
-            )
         self.tower = tower
 
+    @property
+    def rotary(self) -> nn.Module:
+        """What turns positions into angles."""
+        raise NotImplementedError
+
+    @staticmethod
+    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values [patches, heads * head_dim]."""
+        raise NotImplementedError
+
+    def encode(
+        self, blocks: Iterable[nn.Module], hidden: torch.Tensor, rope_positions: torch.Tensor, segment_ids: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """The residual stream after each block."""
+        cos, sin = self.rotary(hidden, rope_positions)
+        same = segment_ids[:, None] == segment_ids[None, :]
+        mask = torch.where(same, 0.0, MASKED).to(hidden.dtype)[None, None]
+        for block in blocks:
+            hidden = hidden + self._attend(block.attn, block.norm1(hidden), cos, sin, mask)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+            yield hidden
+
+    def _attend(self, attn: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            part.unflatten(-1, (attn.num_heads, -1)).transpose(0, 1).unsqueeze(0) for part in self.project_qkv(attn, x)
+        )
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scaling)
+        return attn.proj(out[0].transpose(0, 1).flatten(1))
+
+
+class HostedQwenTower(HostedTower):
+    """Qwen3-VL's vision tower."""
+
+    PARTS = ("patch_embed", "pos_embed", "rotary_pos_emb", "blocks", "merger", "deepstack_merger_list", "deepstack_visual_indexes")
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.tower.rotary_pos_emb
+
+    @staticmethod
+    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attn.qkv(x).chunk(3, dim=-1)
+
     def forward(
-        self,
-        patches: torch.Tensor,
-        interp_indices: torch.Tensor,
-        interp_weights: torch.Tensor,
-        rope_positions: torch.Tensor,
+        self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, rope_positions: torch.Tensor,
         segment_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Features of merged patches, then the DeepStack features; see the module's docstring."""
         tower = self.tower
-        # The patch convolution's stride is its kernel: a matrix product.
-        kernel = tower.patch_embed.proj
-        hidden = functional.linear(patches, kernel.weight.flatten(1), kernel.bias)
+        hidden = _embed_patches(tower.patch_embed.proj, patches)
         hidden = hidden + (tower.pos_embed(interp_indices) * interp_weights[:, :, None]).sum(1)
-        cos, sin = tower.rotary_pos_emb(hidden, rope_positions)
-        same = segment_ids[:, None] == segment_ids[None, :]
-        mask = torch.where(same, 0.0, MASKED).to(hidden.dtype)[None, None]
-        deepstack = []
-        for index, block in enumerate(tower.blocks):
-            hidden = hidden + self._attend(block.attn, block.norm1(hidden), cos, sin, mask)
-            hidden = hidden + block.mlp(block.norm2(hidden))
-            if index in tower.deepstack_visual_indexes:
-                deepstack.append(tower.deepstack_merger_list[list(tower.deepstack_visual_indexes).index(index)](hidden))
+        indexes, deepstack = list(tower.deepstack_visual_indexes), []
+        for index, after in enumerate(self.encode(tower.blocks, hidden, rope_positions, segment_ids)):
+            hidden = after
+            if index in indexes:
+                deepstack.append(tower.deepstack_merger_list[indexes.index(index)](hidden))
         return (tower.merger(hidden), *deepstack)
 
+
+class HostedMoonVit(HostedTower):
+    """MoonViT and its projector, as models/kimi_vision.py puts them together, over patches in merge-block order."""
+
+    PARTS = ("vision_tower.patch_embed.pos_emb", "vision_tower.rotary_emb", "vision_tower.final_layernorm", "mm_projector.pre_norm")
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.tower.vision_tower.rotary_emb
+
     @staticmethod
-    def _attend(attn: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        query, key, value = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scaling)
-        return attn.proj(out[0].transpose(0, 1).flatten(1))
+    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+
+    def forward(
+        self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, rope_positions: torch.Tensor,
+        segment_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Features of merged patches; see the module's docstring."""
+        tower = self.tower.vision_tower
+        hidden = _embed_patches(tower.patch_embed.proj, patches)
+        table = tower.patch_embed.pos_emb.position_embeddings.flatten(0, 1)
+        hidden = hidden + (functional.embedding(interp_indices, table) * interp_weights[:, :, None]).sum(1)
+        for after in self.encode(tower.layers, hidden, rope_positions, segment_ids):
+            hidden = after
+        # One frame an image: pooling over time changes nothing. Merged patches are neighbours.
+        rows, columns = tower.merge_kernel_size
+        merged = tower.final_layernorm(hidden).unflatten(0, (-1, rows * columns))
+        return (self.tower.mm_projector(merged).flatten(0, 1),)
+
+
+def hosted_tower(tower: nn.Module) -> HostedTower:
+    """`tower` with a forward that can be traced.
+
+    Raises:
+        UnsupportedError: a tower made of other parts.
+    """
+    missing: list[str] = []
+    for kind in (HostedQwenTower, HostedMoonVit):
+        lacking = [part for part in kind.PARTS if not _has(tower, part)]
+        if not lacking:
+            return kind(tower)
+        missing.append(f"{kind.__name__}: no {', '.join(lacking)}")
+    raise UnsupportedError(f"vision tower {type(tower).__name__} is of no known kind ({'; '.join(missing)})",
+                           "only towers of the Qwen3-VL and MoonViT forms can be exported")
+
+
+def _has(module: nn.Module, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not hasattr(module, name):
+            return False
+        module = getattr(module, name)
+    return True
+
+
+def _embed_patches(kernel: nn.Module, patches: torch.Tensor) -> torch.Tensor:
+    """The patch convolution, whose stride is its kernel: a matrix product."""
+    return functional.linear(patches, kernel.weight.flatten(1), kernel.bias)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -105,19 +179,19 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
         UnsupportedError: a tower of another form.
         CheckpointError: a weight that `dtype` cannot hold.
     """
-    module = HostedVisionTower(tower).to(TORCH_DTYPES[dtype]).eval()
+    module = hosted_tower(tower).to(TORCH_DTYPES[dtype]).eval()
     for name, weight in tower.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"vision.{name} holds values beyond {dtype.name}", "export with dtype float32")
     # inv_freq must stay float32: angles of float16 frequencies are off by whole radians.
-    rotary = tower.rotary_pos_emb
+    rotary = module.rotary
     rotary.inv_freq = rotary.compute_axial_rope_parameters(rotary.config)[0]
     merge = spec.spatial_merge_size
-    count, index = 8 * merge * merge, torch.int64
+    count, index, taps = 8 * merge * merge, torch.int64, spec.position_taps
     example = {
         "patches": torch.zeros(count, spec.patch_features, dtype=TORCH_DTYPES[dtype]),
-        "interp_indices": torch.zeros(count, 4, dtype=index),
-        "interp_weights": torch.zeros(count, 4, dtype=TORCH_DTYPES[dtype]),
+        "interp_indices": torch.zeros(count, taps, dtype=index),
+        "interp_weights": torch.zeros(count, taps, dtype=TORCH_DTYPES[dtype]),
         "rope_positions": torch.zeros(count, 2, dtype=index),
         "segment_ids": torch.zeros(count, dtype=index),
     }

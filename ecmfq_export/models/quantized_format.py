@@ -40,7 +40,7 @@ _KINDS = {
     "experts": (r"\.mlp\.experts\.(gate_up|down)_proj$", r"re:.*\.mlp\.(shared_)?experts\.\d+\.(gate|up|down)_proj$"),
     "attention": (r"\.self_attn\.\w+_proj\.weight$", r"re:.*\.self_attn\.\w+_proj(_with_mqa)?$"),
     "dense MLP": (r"\.mlp\.(gate|up|down)_proj\.weight$", r"re:.*\.mlp\.(gate|up|down)_proj$"),
-    "lm_head": (r"^lm_head\.weight$", "lm_head"),
+    "lm_head": (r"^lm_head\.weight$", r"re:(.*\.)?lm_head$"),
 }
 """Weights that usually share a scheme: their canonical names, and the pattern that names their modules."""
 

@@ -227,6 +227,11 @@ class VisionSpec:
         """Values of one flattened patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
+    @property
+    def position_taps(self) -> int:
+        """Entries of the position table that one patch reads."""
+        return {"bilinear": 4, "bicubic": 16}[self.position_interpolation]
+
 
 @dataclass(frozen=True)
 class ModelSpec:

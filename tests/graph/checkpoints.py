@@ -17,10 +17,10 @@ from tests.tiny_models import make_qwen3_vl_moe
 
 
 def quantized_checkpoint(
-    root: Path, *, attention: int = 8, dense: int = 8, lm_head: int = 0, group_size: int = -1, **overrides
+    root: Path, *, attention: int = 8, dense: int = 8, lm_head: int = 0, group_size: int = -1, make=make_qwen3_vl_moe, **overrides
 ) -> tuple[MoEVLM, MoEVLM]:
-    """The floating-point model and its quantized version; numbers are bits, 0 keeps floating point."""
-    original = open_model(make_qwen3_vl_moe(root / "float", **overrides))
+    """The floating-point model that `make` writes and its quantized version; numbers are bits, 0 keeps floating point."""
+    original = open_model(make(root / "float", **overrides))
     work = root / "quantized"
     work.mkdir()
     writer = QuantizedWriter(work, original)

@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen3VLMoeForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
+from ecmfq_export.graph.attention import cache_head_dim
 from ecmfq_export.graph.ops import attach_reference_functions
 from ecmfq_export.models.spec import (
     DecoderLayerSpec,
@@ -109,7 +110,7 @@ class Decoder:
     def __init__(self, runner: ort.InferenceSession, spec: ModelSpec, max_seq_len: int, batch: int, dtype=np.float32) -> None:
         self.runner, self.spec, self.max_seq_len, self.dtype = runner, spec, max_seq_len, dtype
         attention = spec.layers[0].attention
-        cache = (batch, attention.num_kv_heads, max_seq_len, attention.head_dim)
+        cache = (batch, attention.num_kv_heads, max_seq_len, cache_head_dim(attention))
         # Garbage, not zeros: nothing that was never written may be read.
         self.cache = {f"past_{k}_{i}": np.full(cache, 7.0, dtype) for i in range(spec.num_layers) for k in ("key", "value")}
         self.names = [o.name for o in runner.get_outputs()]

@@ -19,6 +19,7 @@ from ecmfq_export.graph.vision import trace_vision
 from ecmfq_export.graph.weights import externalize
 from ecmfq_export.target import Target, load_target
 from tests.graph.checkpoints import quantized_checkpoint
+from tests.tiny_kimi import make_kimi_vl
 
 pytestmark = pytest.mark.tensorrt
 pytest.importorskip("tensorrt_rtx")
@@ -44,9 +45,13 @@ def target(library) -> Target:
     return dataclasses.replace(load_target("rtx"), compute_capabilities=(capability,))
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return quantized_checkpoint(tmp_path_factory.mktemp("m"), dense=4, lm_head=8, num_hidden_layers=2, mlp_only_layers=[1])
+FAMILIES = {"Qwen3-VL-MoE": {"mlp_only_layers": [1]}, "Kimi-VL": {"make": make_kimi_vl}}
+"""Two layers each, one of them dense."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request, tmp_path_factory):
+    return quantized_checkpoint(tmp_path_factory.mktemp("m"), dense=4, lm_head=8, num_hidden_layers=2, **FAMILIES[request.param])
 
 
 def build(graph: ir.Model, directory: Path, target: Target, library: PluginLibrary):

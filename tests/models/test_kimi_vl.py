@@ -133,7 +133,7 @@ def test_decoding_with_a_cache(tmp_path: Path) -> None:
                              [], inputs.token_types[:, part], inputs.lengths)
         pieces.append(run_decoder(model, step, layers=layers, caches=caches))
     close(torch.cat(pieces, 1), whole)
-    assert caches[0].key.shape[-1] == 24 and caches[0].value.shape[-1] == 24
+    assert caches[0].key.shape[-1] == 24 and caches[0].value.shape[-1] == 16
 
 
 def test_rotary_pairs_of_the_published_tower() -> None:

@@ -74,7 +74,10 @@ def _attention(b: GraphBuilder, node: ir.Node) -> ir.Value:
     scores = b.op("Add", scores, b.op("Unsqueeze", mask, last, name="grouped_mask"), name="masked_scores")
     probabilities = b.op("Softmax", scores, axis=-1, name="probabilities")
     out = b.op("MatMul", probabilities, b.op("Unsqueeze", value, last, name="grouped_value"), name="context")
-    return b.op("Reshape", out, b.op("Shape", query, name="query_shape"), name="merged_context")
+    # Values may have heads of another size than queries.
+    rows = b.op("Shape", query, start=0, end=3, name="query_rows")
+    merged = b.op("Concat", rows, b.op("Shape", value, start=3, end=4, name="value_size"), axis=0, name="context_shape")
+    return b.op("Reshape", out, merged, name="merged_context")
 
 
 def _tensor_scatter(b: GraphBuilder, node: ir.Node) -> ir.Value:
@@ -93,16 +96,20 @@ def _tensor_scatter(b: GraphBuilder, node: ir.Node) -> ir.Value:
 
 
 def _rotary(b: GraphBuilder, node: ir.Node) -> ir.Value:
-    """Rotate-half: (x1 cos - x2 sin, x2 cos + x1 sin) on the two halves of the last axis."""
+    """(x1 cos - x2 sin, x2 cos + x1 sin) on the two halves of the last axis, or on its pairs where interleaved."""
     interleaved = node.attributes["interleaved"].as_int() if "interleaved" in node.attributes else 0
-    if interleaved or len(node.inputs) != 3 or "rotary_embedding_dim" in node.attributes:
+    if len(node.inputs) != 3 or "rotary_embedding_dim" in node.attributes:
         raise UnsupportedError(f"RotaryEmbedding node {node.name} has a form that older parsers cannot be given")
-    x, heads = node.inputs[0], b.const([1], I64, "axis_1")
-    cos, sin = (b.op("Unsqueeze", v, heads, name=n) for v, n in zip(node.inputs[1:3], ("cos", "sin"), strict=True))
+    x, axes = node.inputs[0], [1, 4] if interleaved else [1]
+    where = b.const(axes, I64, f"axes_{'_'.join(map(str, axes))}")
+    cos, sin = (b.op("Unsqueeze", v, where, name=n) for v, n in zip(node.inputs[1:3], ("cos", "sin"), strict=True))
+    if interleaved:
+        x = b.op("Reshape", x, b.shape_const(0, 0, 0, -1, 2), name="pairs")
     first, second = b.ops("Split", x, axis=-1, num_outputs=2, outputs=2, name="halves")
     left = b.op("Sub", b.op("Mul", first, cos, name="first_cos"), b.op("Mul", second, sin, name="second_sin"), name="left")
     right = b.op("Add", b.op("Mul", second, cos, name="second_cos"), b.op("Mul", first, sin, name="first_sin"), name="right")
-    return b.op("Concat", left, right, axis=-1, name="rotated")
+    rotated = b.op("Concat", left, right, axis=-1, name="rotated")
+    return b.op("Reshape", rotated, b.shape_const(0, 0, 0, -1), name="joined_pairs") if interleaved else rotated
 
 
 def _rms_norm(b: GraphBuilder, node: ir.Node) -> ir.Value:
