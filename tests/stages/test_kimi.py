@@ -148,7 +148,7 @@ def stages(pool, tmp_path_factory) -> Path:
     calibrate(model, pool, root / "calibration", config, Silent())
     smooth(model, root / "calibration", root / "smoothing", config, Silent())
     quantize(model, root / "calibration", root / "smoothing", root / "ecmfq", config, Silent())
-    quantize(model, None, None, root / "rtn", replace(config, method="rtn"), Silent())
+    quantize(model, None, None, root / "rtn", QuantConfig(method="rtn", attention="w4a8"), Silent())
     return root
 
 
