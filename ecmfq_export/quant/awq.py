@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.hessian import weighted_error
 from ecmfq_export.quant.output_loss import OutputLoss
 from ecmfq_export.quant.qtensor import chunked, grid_limit, group_count, round_scale
@@ -56,15 +57,17 @@ def search_scale(
 
 def search_per_expert(
     train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: str = "real", *,
-    power: int = 2, group_size: int = -1,
+    power: int = 2, group_size: int = -1, rotation: Rotation | None = None,
 ) -> PerExpertResult:
     """The same for the down projections [E, H, I], every expert with its own a and alpha.
 
     Args:
         train, heldout: intermediate activations, one row a pair (``token`` is ``arange(P)``).
+        rotation: between the scaled intermediate and its quantization.
     """
     experts, _, columns = weight.shape
-    loss = OutputLoss(train, weight, torch.ones(experts), num_bits, power, per_expert=True, group_size=group_size)
+    loss, check = (OutputLoss(side, weight, torch.ones(experts), num_bits, power, per_expert=True, group_size=group_size,
+                              rotation=rotation) for side in (train, heldout))
     mean = expert_mean(train, experts)
     a = positive(mean) if bool((mean > 0).any()) else torch.ones_like(mean)
     ones = torch.ones(experts, columns)
@@ -75,7 +78,6 @@ def search_per_expert(
         better = value < best
         best, chosen = torch.where(better, value, best), torch.where(better.unsqueeze(1), scale, chosen)
         accepted = accepted | better
-    check = OutputLoss(heldout, weight, torch.ones(experts), num_bits, power, per_expert=True, group_size=group_size)
     return PerExpertResult(chosen, accepted, check.losses(ones).float(), check.losses(chosen).float())
 
 

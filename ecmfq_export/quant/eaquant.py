@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.output_loss import OutputLoss
 from ecmfq_export.quant.sampled_outputs import Pairs
 from ecmfq_export.quant.scale_math import expert_maximum, normalized, positive, tied
@@ -61,7 +62,8 @@ def search_scale(
 
 
 def search_per_expert(
-    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: str = "real", *, group_size: int = -1
+    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: str = "real", *, group_size: int = -1,
+    rotation: Rotation | None = None,
 ) -> PerExpertResult:
     """Scales of outlier channels of each expert's intermediate; arguments as :func:`ecmfq_export.quant.awq.search_per_expert`."""
     experts, _, columns = weight.shape
@@ -69,7 +71,7 @@ def search_per_expert(
     if rounding == "power_of_two":
         scale = torch.exp2(torch.log2(scale).round())
     ones = torch.ones(experts, columns)
-    check = OutputLoss(heldout, weight, torch.ones(experts), num_bits, 2, per_expert=True, group_size=group_size)
+    check = OutputLoss(heldout, weight, torch.ones(experts), num_bits, 2, per_expert=True, group_size=group_size, rotation=rotation)
     return PerExpertResult(scale, (scale != 1.0).any(1), check.losses(ones).float(), check.losses(scale).float())
 
 

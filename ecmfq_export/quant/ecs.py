@@ -13,6 +13,7 @@ import torch
 
 from ecmfq_export.quant.eaquant import merged_scale
 from ecmfq_export.quant.ecs_objective import THETA, Objective
+from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.sampled_outputs import Pairs
 from ecmfq_export.quant.scale_math import expert_maximum, positive, tied, tied_maximum
 from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
@@ -143,18 +144,21 @@ def _coordinate_steps(
 
 
 def search_per_expert(
-    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: Rounding = "power_of_two", *, group_size: int = -1
+    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: Rounding = "power_of_two", *, group_size: int = -1,
+    rotation: Rotation | None = None,
 ) -> PerExpertResult:
     """Scales of each expert's own intermediate channels, every expert with its own best alpha, all searched at once.
 
     Args:
         train, heldout: intermediate activations, one row a pair (``token`` is ``arange(P)``).
         weight: down projections, floating [E, H, I].
+        rotation: between the scaled intermediate and its quantization, see
+            :class:`ecmfq_export.quant.sampled_outputs.SampledOutputs`.
     """
     experts, _, columns = weight.shape
     omega = torch.ones(experts)
-    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size)
-    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size)
+    fine, gate = (Objective(side, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size, rotation=rotation)
+                  for side in (train, heldout))
     ones = torch.ones(experts, columns)
     a, b = positive(expert_maximum(train, experts)), positive(weight.abs().amax(1).float())
     best_ratio, best = fine.ratios(ones), ones

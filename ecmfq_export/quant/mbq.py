@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ecmfq_export.quant import awq
+from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.sampled_outputs import Pairs
 from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
 
@@ -42,7 +43,8 @@ def search_scale(
 
 
 def search_per_expert(
-    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: str = "real", *, group_size: int = -1
+    train: Pairs, heldout: Pairs, weight: torch.Tensor, num_bits: int, rounding: str = "real", *, group_size: int = -1,
+    rotation: Rotation | None = None,
 ) -> PerExpertResult:
     """As :func:`awq.search_per_expert` with absolute errors."""
-    return awq.search_per_expert(train, heldout, weight, num_bits, rounding, power=1, group_size=group_size)
+    return awq.search_per_expert(train, heldout, weight, num_bits, rounding, power=1, group_size=group_size, rotation=rotation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.sampled_outputs import Pairs, SampledOutputs
 
 TOKENS = 256
@@ -25,13 +26,14 @@ class OutputLoss:
         num_bits, group_size: grid of the weights.
         power: p, 1 or 2.
         per_expert: whether scales are one an expert, [E, d].
+        rotation: what scaled inputs and columns go through before they are quantized; None for nothing.
     """
 
     def __init__(
         self, pairs: Pairs, weight: torch.Tensor, omega: torch.Tensor, num_bits: int, power: int,
-        per_expert: bool = False, group_size: int = -1,
+        per_expert: bool = False, group_size: int = -1, rotation: Rotation | None = None,
     ) -> None:
-        self._samples = SampledOutputs(pairs, weight, num_bits, TOKENS, per_expert=per_expert, group_size=group_size)
+        self._samples = SampledOutputs(pairs, weight, num_bits, TOKENS, per_expert=per_expert, group_size=group_size, rotation=rotation)
         self._power = power
         self._factor = omega.double() * self._samples.counts / self._samples.taken.clamp_min(1.0)
         self._reference = torch.cat([self._total(seen.error.clone(), seen.token_weight) for seen in self._samples.references()])

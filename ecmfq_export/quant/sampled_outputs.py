@@ -9,6 +9,7 @@ import torch
 
 from ecmfq_export.quant.activation import fake_quantize_per_token
 from ecmfq_export.quant.grouping import group_by_expert
+from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.qtensor import chunked
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, quantize_rtn
 
@@ -38,7 +39,8 @@ class OutputErrors:
 
     Attributes:
         part: which of the evaluated experts.
-        error: float32 [E', M, N], ``Q_w(W S) Q8(x / s) - W x``; the caller may overwrite it.
+        error: float32 [E', M, N], ``Q_w(W S) Q8(x / s) - W x`` (behind a rotation R: ``Q_w(W S R) Q8(R^T x / s) - W x``); the caller
+            may overwrite it.
         token_weight: float32 [E', M], w_te, 0 where there is no token.
     """
 
@@ -58,6 +60,7 @@ class SampledOutputs:
         experts: int64 [E'], the experts to evaluate; None takes all.
         per_expert: whether scales are one an expert, [E, d] (down projections), instead of one for all, [d].
         max_bytes: working memory; experts are processed in chunks that fit.
+        rotation: what scaled inputs and columns go through before they are quantized (its inverse is its transpose); None for nothing.
 
     Attributes:
         counts: float64 [E'], pairs that went to each expert.
@@ -66,7 +69,7 @@ class SampledOutputs:
 
     def __init__(
         self, pairs: Pairs, weight: torch.Tensor, num_bits: int, capacity: int, experts: torch.Tensor | None = None,
-        per_expert: bool = False, group_size: int = -1, max_bytes: int = DEFAULT_MAX_BYTES,
+        per_expert: bool = False, group_size: int = -1, max_bytes: int = DEFAULT_MAX_BYTES, rotation: Rotation | None = None,
     ) -> None:
         index, valid = group_by_expert(pairs.expert, weight.shape[0], capacity)
         chosen = torch.arange(weight.shape[0]) if experts is None else experts
@@ -83,7 +86,7 @@ class SampledOutputs:
         self._x = pairs.x[used].float() if len(pairs.x) else torch.zeros(1, weight.shape[-1])
         self._weight = weight[chosen].float()
         self._num_bits, self._group_size, self._per_expert, self._max_bytes = num_bits, group_size, per_expert, max_bytes
-        self._experts = chosen
+        self._experts, self._rotation = chosen, rotation
         rows, width = weight.shape[1], self._rows.shape[1]
         self._bytes_each = 4 * (4 * rows * weight.shape[-1] + 3 * width * rows + 2 * width * weight.shape[-1])
         keep = 4 * len(chosen) * width * rows <= max_bytes
@@ -103,13 +106,17 @@ class SampledOutputs:
         """Errors at `scale`, float32 [d], or [E, d] where per expert."""
         if self._per_expert:
             scale = scale[self._experts]
-        shared = None if self._per_expert else fake_quantize_per_token(self._x / scale)
+        shared = None if self._per_expert else fake_quantize_per_token(self._turned(self._x / scale))
         for part in self._chunks():
             s = scale[part].unsqueeze(1) if self._per_expert else scale
-            weight = quantize_rtn(self._weight[part] * s, self._num_bits, self._group_size, max_bytes=self._max_bytes).dequantize()
+            columns = self._turned(self._weight[part] * s)
+            weight = quantize_rtn(columns, self._num_bits, self._group_size, max_bytes=self._max_bytes).dequantize()
             rows = self._rows[part]
-            inputs = fake_quantize_per_token(self._x[rows] / s) if shared is None else shared[rows]
+            inputs = fake_quantize_per_token(self._turned(self._x[rows] / s)) if shared is None else shared[rows]
             yield OutputErrors(part, (inputs @ weight.mT).sub_(self._target(part)), self._token_weight[part])
+
+    def _turned(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self._rotation is None else self._rotation.apply(values)
 
     def _chunks(self) -> Iterator[slice]:
         return chunked(len(self._experts), self._bytes_each, self._max_bytes)

@@ -86,7 +86,7 @@ class Smoothing:
 
     Attributes:
         shared: ``(train, heldout, weight, omega, num_bits, rounding, tie, *, group_size)`` to one scale behind a norm.
-        per_expert: ``(train, heldout, weight, num_bits, rounding, *, group_size)`` to scales of each expert's down projection;
+        per_expert: ``(train, heldout, weight, num_bits, rounding, *, group_size, rotation)`` to scales of each expert's down projection;
             None where the method has none.
         weighting: of the tokens in its objective.
         importance: of the experts in its objective.

@@ -19,6 +19,7 @@ from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant import mbq, smoothquant, veq
 from ecmfq_export.quant.ecs_objective import expert_importance
+from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.quant.sampled_outputs import Pairs
 from ecmfq_export.quant.token_weights import TEXT, VISION, combine, cross_modal_scores, fusion_weight, text_weight
 from ecmfq_export.stages import attention_view, mlp_view
@@ -212,13 +213,14 @@ class _Searcher:
                     # One scale a channel of the producer: any of the columns that read it.
                     scales[target.name] = torch.ones(int(target.tie.max()) + 1).scatter_(0, target.tie, result.scale)
         bits = mlp_bits(layer.spec, self._config)
-        # A rotation before down projections mixes the intermediate's channels: scales that are judged one channel at a time have no
-        # meaning behind it.
-        if bits is None or self._method.per_expert is None or self.parts.rotate == "residual_online":
+        if bits is None or self._method.per_expert is None:
             return LayerScales(**scales)
         inner = (self._inner_pairs(layer, side) for side in (train, heldout))
         _, down = mlp_view.stacked_weights(layer)
-        found = self._method.per_expert(*inner, down, bits, rounding, group_size=mlp_group_size(layer.spec, self._config))
+        # Scales are folded in before the rotation, which then mixes channels that they have made alike.
+        rotation = block_hadamard(down.shape[-1]) if self.parts.rotate == "residual_online" else None
+        found = self._method.per_expert(*inner, down, bits, rounding, group_size=mlp_group_size(layer.spec, self._config),
+                                        rotation=rotation)
         accepted = found.accepted
         if bool(accepted.any()):
             scales["down"] = found.scale

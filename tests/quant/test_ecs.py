@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.quant import ecs
+from ecmfq_export.quant import awq, eaquant, ecs
 from ecmfq_export.quant.activation import fake_quantize_per_token
 from ecmfq_export.quant.ecs_objective import Objective, expert_importance
+from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.quant.rtn import quantize_rtn
 from ecmfq_export.quant.sampled_outputs import Pairs
-from tests.quant.planted import CASES, D, T, degenerate, planted
+from tests.quant.planted import CASES, D, E, T, degenerate, planted, rows
 
 
 def test_ratio_equals_its_definition():
@@ -141,3 +142,24 @@ def test_quantile_takes_the_larger_modality():
     x[types == 1, 0] = 3.0
     x[types == 0, 1] = -5.0
     assert ecs.channel_quantile(x, types, 0.99).tolist() == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("module", [ecs, awq, eaquant])
+def test_behind_a_rotation_scales_even_out_planted_channels(module):
+    """A channel of large activations and small weights: the rotation alone makes it worse, a scale before the rotation heals it."""
+    pairs, weight, _ = planted(0)
+    inner = rows(pairs)
+    rotation, ones = block_hadamard(D), torch.ones(E, D)
+    plain, behind = (Objective(inner, weight, torch.ones(E), 4, 256, per_expert=True, rotation=r) for r in (None, rotation))
+    assert behind.value(ones) > 1.5 * plain.value(ones)
+    result = module.search_per_expert(inner, inner, weight, 4, "power_of_two", rotation=rotation)
+    assert bool(result.accepted.all()) and bool((result.ratio_after < 0.7 * result.ratio_before).all())
+    assert behind.value(result.scale) < 0.5 * behind.value(ones)
+
+
+def test_rotated_errors_are_those_of_rotated_weights_and_inputs():
+    pairs, weight, omega = planted(1)
+    rotation, scale = block_hadamard(D), torch.linspace(0.5, 2, D)
+    turned = Pairs(rotation.apply(pairs.x / scale), pairs.token, pairs.expert, pairs.weight, pairs.types)
+    expected = Objective(turned, rotation.apply(weight * scale), omega, 4, 64).ratios(torch.ones(D))
+    assert torch.allclose(Objective(pairs, weight, omega, 4, 64, rotation=rotation).ratios(scale), expected, rtol=1e-4)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ecmfq_export.errors import BundleError
 from ecmfq_export.models.moe_vlm import open_model
@@ -14,12 +15,14 @@ from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Silent
 from ecmfq_export.runtime.processor import Processor
+from ecmfq_export.stages.calibrate import calibrate
 from ecmfq_export.stages.calibration import load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer
+from ecmfq_export.stages.quantize import quantize
 from ecmfq_export.stages.samples import load_pool
 from ecmfq_export.stages.smooth import load_scales, smooth
 from ecmfq_export.stages.streams import ActivationStore, add_deepstack, prepare_batches
-from tests.stages.common import SETTINGS, file_hashes
+from tests.stages.common import SETTINGS, divergence, file_hashes
 from tests.tiny_models import make_qwen3_vl_moe
 
 
@@ -109,3 +112,21 @@ def test_trained_example_routes_every_token_as_before_whatever_is_folded():
     assert sum(len(part) for part in ids) > 4000
     assert all(torch.equal(a, b) for a, b in zip(ids, folded_ids, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(last, folded_last, strict=True))
+
+
+def test_down_scales_are_searched_behind_the_rotation_that_follows(pool, tmp_path):
+    """Planted intermediate channels are scaled with and without the rotation; what is quantized behind it is better for it."""
+    tiny = make_qwen3_vl_moe(tmp_path / "model", seed=6)
+    tensors = load_file(tiny / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("mlp.experts.gate_up_proj")]:
+        tensors[name][:, 96:98] *= 32  # two rows of up
+        tensors[name.replace("gate_up", "down")][:, :, :2] /= 32
+    save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
+    config = replace(SETTINGS, rotate="residual_online", weighting="none")
+    calibrated = calibrate(tiny, pool, tmp_path / "calibration", config, Silent())
+    smoothed = smooth(tiny, calibrated, tmp_path / "smoothing", config, Silent())
+    scale = load_scales(smoothed)[0].down
+    assert bool((scale[:, :2].mean(1) > 4 * scale[:, 2:].mean(1)).float().mean() > 0.5)
+    with_scales, without = (quantize(tiny, calibrated, given, tmp_path / f"q{i}", config, Silent())
+                            for i, given in enumerate((smoothed, None)))
+    assert divergence(tiny, with_scales, pool) < 0.7 * divergence(tiny, without, pool)
