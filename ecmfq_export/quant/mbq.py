@@ -23,7 +23,8 @@ from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
 def text_weight(ratios: Sequence[float | None], layer: int) -> float:
     """Weight of text tokens in one layer from the gradient ratios text over vision of all layers.
 
-    The authors' code (read in a derivative) bounds the vision weight below by its median over layers; the text weight is then at most the median.
+    The authors' code (read in a derivative) bounds the vision weight below by its median over layers; the text weight is then at
+    most the median.
     A layer without a ratio (no gradient reaches a vision token there) takes the median.
 
     Args:

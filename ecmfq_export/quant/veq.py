@@ -1,7 +1,8 @@
 """VEQ (arXiv 2602.01037): expert importance for AWQ's search (VEQ-ME) and token weights for GPTQ's Hessian (VEQ-MA).
 
 gamma is the ratio of the mean gradient magnitudes of text and vision tokens, used as it is: neither clipped nor balanced.
-Its code is not public and its equations were read in notes on the paper. The authors evaluate VEQ-ME on AWQ and VEQ-MA on GPTQ, apart; together they are VEQ-ME's scales followed by VEQ-MA's rounding.
+Its code is not public and its equations were read in notes on the paper. The authors evaluate VEQ-ME on AWQ and VEQ-MA on GPTQ,
+apart; together they are VEQ-ME's scales followed by VEQ-MA's rounding.
 They quantize the experts only; attention projections, which have no router, get the modality's weight alone.
 """
 
