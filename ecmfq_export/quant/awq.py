@@ -2,7 +2,7 @@
 
 Scales are ``s = a^alpha`` with a the channels' mean magnitude and alpha the best of twenty in [0, 1) by the output error
 (Eq. 4 and 5), one for everything behind a norm; then each channel's (or group's) clip is the best by the output error too
-(section 4, as in the authors' code). Adaptations: the error is that of the linear layers behind the norm, summed over every
+(as in the authors' code). Adaptations: the error is that of the linear layers behind the norm, summed over every
 expert's routed tokens, with inputs at 8 bits; the clip's error is exact, from the second moments of all tokens instead of
 from a sample of 512.
 """

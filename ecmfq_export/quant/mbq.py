@@ -1,7 +1,7 @@
 """MBQ: modality-balanced quantization (arXiv 2412.19509).
 
 AWQ's search with the mean absolute output error, in which a modality counts by how much the loss depends on it:
-``argmin_s G_vision |err_vision|_1 + G_text |err_text|_1`` (section 4), G the mean absolute gradient of the loss with respect to
+``argmin_s G_vision |err_vision|_1 + G_text |err_text|_1``, G the mean absolute gradient of the loss with respect to
 the block's output at tokens of that modality. Only the ratio matters, so vision tokens weigh 1 and text tokens
 :func:`text_weight`. The paper's text tokens are the answer's; here they are all text tokens, since every sample's question is
 read by the same experts.
@@ -23,7 +23,8 @@ from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
 def text_weight(ratios: Sequence[float | None], layer: int) -> float:
     """Weight of text tokens in one layer from the gradient ratios text over vision of all layers.
 
-    The authors' code bounds the vision weight below by its median over layers; the text weight is then at most the median.
+    The authors' code (read in a derivative) bounds the vision weight below by its median over layers; the text weight is then at
+    most the median.
     A layer without a ratio (no gradient reaches a vision token there) takes the median.
 
     Args:

@@ -1,6 +1,6 @@
 """MoEQuant (arXiv 2505.03804): expert-balanced calibration samples and affinity-guided quantization.
 
-AGQ weighs each token's part of an expert's Hessian by its gate, ``H_e = sum_t g_te x_t x_t^T`` (section 3.3; the authors' code
+AGQ weighs each token's part of an expert's Hessian by its gate, ``H_e = sum_t g_te x_t x_t^T`` (the authors' code
 multiplies inputs by the square root of the routing score): that is the weighting ``g`` of :mod:`token_weights` in GPTQ.
 
 EBSS lets the model generate its own calibration text, branch by branch, keeping the branches with the least

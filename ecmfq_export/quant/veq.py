@@ -1,7 +1,8 @@
 """VEQ (arXiv 2602.01037): expert importance for AWQ's search (VEQ-ME) and token weights for GPTQ's Hessian (VEQ-MA).
 
 gamma is the ratio of the mean gradient magnitudes of text and vision tokens, used as it is: neither clipped nor balanced.
-The authors evaluate VEQ-ME on AWQ and VEQ-MA on GPTQ, apart; together they are VEQ-ME's scales followed by VEQ-MA's rounding.
+Its code is not public and its equations were read in notes on the paper. The authors evaluate VEQ-ME on AWQ and VEQ-MA on GPTQ,
+apart; together they are VEQ-ME's scales followed by VEQ-MA's rounding.
 They quantize the experts only; attention projections, which have no router, get the modality's weight alone.
 """
 
@@ -13,7 +14,7 @@ from ecmfq_export.quant.token_weights import TEXT, VISION
 
 
 def expert_importance(expert: torch.Tensor, types: torch.Tensor, num_experts: int, gamma: float) -> torch.Tensor:
-    """VEQ-ME's ``S_e = gamma N_e^text + beta N_e^vision`` (section 3), beta = all text pairs / all vision pairs; float32 [E].
+    """VEQ-ME's ``S_e = gamma N_e^text + beta N_e^vision``, beta = all text pairs / all vision pairs; float32 [E].
 
     The result is divided by its mean. Without pairs of one modality beta is 1; without any pair S is all ones.
 

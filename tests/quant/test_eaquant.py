@@ -65,14 +65,13 @@ def test_calibration_is_topped_up_for_experts_below_twice_the_average():
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 15, (60, 2, 8), generator=g)
     tokens[:, :, 6] = 0
-    drawn = random_indices(60, 16, 0)
-    rare = [i for i in range(60) if i not in drawn][:5]
-    tokens[rare, :, 6] = 90
+    kept = random_indices(60, 16, 0)[:12]
+    rare = [i for i in range(60) if i not in kept][:8]
+    tokens[rare, :, 6] = 30
     mass = tokens.float().unsqueeze(-1).expand(-1, -1, -1, 2)
     chosen = select(PoolScores(mass, tokens, torch.rand(60), torch.randn(60, 16)), 16, 2, 0, "topped_up")
-    assert len(chosen.indices) == len(set(chosen.indices)) == 16 and 1 <= chosen.topped_up <= 4
-    assert set(drawn[:12]) <= set(chosen.indices)
-    assert len(set(rare) & set(chosen.indices)) == chosen.topped_up
+    assert len(chosen.indices) == len(set(chosen.indices)) == 16 and chosen.topped_up == 4
+    assert set(kept) <= set(chosen.indices) and len(set(rare) & set(chosen.indices)) == 4
 
 
 def test_routing_divergence_is_zero_for_equal_logits_and_grows_with_the_error():

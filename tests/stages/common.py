@@ -67,7 +67,11 @@ def divergence(model_dir: Path, quantized_dir: Path, pool: Path) -> float:
     samples = [sample.process(processor) for sample in load_pool(pool)]
     original, quantized = open_model(model_dir), open_model(quantized_dir)
     with torch.no_grad():
-        inputs = prepare_inputs(original, samples)
-        seen = torch.arange(inputs.token_types.shape[1]) < inputs.lengths[:, None]
-        p, q = (run_decoder(model, inputs)[seen].double().log_softmax(-1) for model in (original, quantized))
+        # Each from its own embeddings: a rotated model has others.
+        logits = []
+        for model in (original, quantized):
+            inputs = prepare_inputs(model, samples)
+            seen = torch.arange(inputs.token_types.shape[1]) < inputs.lengths[:, None]
+            logits.append(run_decoder(model, inputs)[seen].double().log_softmax(-1))
+    p, q = logits
     return float((p.exp() * (p - q)).sum(-1).mean())

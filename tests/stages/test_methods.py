@@ -23,6 +23,8 @@ from ecmfq_export.stages.quantize import quantize
 from ecmfq_export.stages.smooth import load_scales, smooth
 from ecmfq_export.workflow import quantize_model
 from tests.stages.common import SETTINGS, divergence, file_hashes
+from tests.tiny_kimi import make_kimi_vl
+from tests.tiny_models import make_qwen3_vl_moe
 
 WITH_DATA = sorted(set(METHODS) - {"rtn", "quarot_gptq"})
 
@@ -61,6 +63,11 @@ class Runs:
 @pytest.fixture(scope="session")
 def runs(tiny, pool, tmp_path_factory) -> Runs:
     return Runs(tiny, pool, tmp_path_factory.mktemp("methods"))
+
+
+@pytest.fixture(scope="session")
+def kimi(tmp_path_factory) -> Path:
+    return make_kimi_vl(tmp_path_factory.mktemp("kimi"), seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +111,6 @@ def test_folds_of_real_scales_keep_the_floating_point_function(runs, method):
 
 def test_weights_and_norms_of_a_bfloat16_model_keep_what_real_scales_need(runs, tmp_path):
     """The quantized model of a bfloat16 checkpoint holds its folded norms and router in float32."""
-    from tests.tiny_models import make_qwen3_vl_moe
-
     model = make_qwen3_vl_moe(tmp_path / "model", seed=1, dtype=torch.bfloat16)
     calibration = calibrate(model, runs.pool, tmp_path / "c", settings("smoothquant"), Silent())
     scales = smooth(model, calibration, tmp_path / "s", settings("smoothquant"), Silent())
@@ -172,6 +177,25 @@ def test_measured_gamma_of_every_layer_reaches_mbq(runs):
     calibration = load_calibration(runs.calibration(settings("mbq")))
     assert calibration.gamma > 0 and len(calibration.gamma_by_layer) == len(calibration.gamma_by_layer_attention) == 2
     assert calibration.gamma_by_layer[-1] is None
+
+
+def test_rotation_first_then_gptq(runs, fresh_pool, plain, tmp_path):
+    out = quantize_model(runs.model, runs.pool, tmp_path / "quantized", settings("quarot_gptq"), Silent())
+    assert (tmp_path / "rotated").is_dir() and not (tmp_path / "smoothing").exists()
+    assert 0 < divergence(runs.model, out, fresh_pool) < plain
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "mbq", "moequant", "eaquant", "veq_me_ma"])
+def test_latent_attention_and_shared_experts(kimi, pool, tmp_path, method):
+    out = quantize_model(kimi, pool, tmp_path / "quantized", settings(method, num_samples=6), Silent())
+    assert open_model(out).recipe("layers.1.self_attn.kv_b_proj.weight") == "w4a8"
+    layers = json.loads((out / "quantization.json").read_text())
+    spec = open_model(kimi).spec.layers[1].mlp
+    assert len(layers[1]["errors"]["gate_up"]) == len(layers[1]["tokens"]) == spec.total_experts
+    if METHODS[method].smoothing != "none":
+        found = load_scales(tmp_path / "smoothing")[1]
+        assert found.moe_input is not None and found.kv_latent is not None
+        assert (found.value is None) == (method == "smoothquant")  # which smooths behind norms only
 
 
 def test_workflow_runs_a_baseline_and_refuses_what_is_missing(runs, tmp_path):
