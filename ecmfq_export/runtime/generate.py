@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,7 +25,8 @@ class Generation:
     Attributes:
         text: decoded answer, special tokens left out.
         token_ids: [new tokens], the end-of-turn token included where it came.
-        stop: ``eos``; ``length``: max_new_tokens reached; ``context``: the cache is full.
+        stop: ``eos``; ``length``: max_new_tokens reached; ``context``: the cache is full; ``text``: a stop text came, and the text
+            ends before it.
         prompt_tokens: length of the prompt, image tokens included.
         first_token_seconds: from the call to the first token of the batch (preprocessing of images not included).
         tokens_per_second: of this prompt while decoding, the first token not counted; 0 where there was only that one.
@@ -33,7 +34,7 @@ class Generation:
 
     text: str
     token_ids: tuple[int, ...]
-    stop: Literal["eos", "length", "context"]
+    stop: Literal["eos", "length", "context", "text"]
     prompt_tokens: int
     first_token_seconds: float
     tokens_per_second: float
@@ -63,6 +64,18 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class Session(Protocol):
+    """What generating needs of a model; ``DecoderSession`` is one, over an export's graphs."""
+
+    max_seq_len: int
+
+    def check_length(self, sample: ProcessedSample, room: int = 0) -> None: ...
+
+    def prefill(self, samples: Sequence[ProcessedSample]) -> tuple[np.ndarray, Any]: ...
+
+    def step(self, tokens: np.ndarray, state: Any, active: np.ndarray | None = None) -> np.ndarray: ...
+
+
 class Generator:
     """A model with its processor, ready to answer.
 
@@ -73,8 +86,15 @@ class Generator:
 
     def __init__(self, directory: Path | str, runner_factory: Callable[[Path], Runner]) -> None:
         # The session first: of a directory that is no export at all, it says so.
-        self.session = DecoderSession(directory, runner_factory)
+        self.session: Session = DecoderSession(directory, runner_factory)
         self.processor = Processor(directory)
+
+    @classmethod
+    def over(cls, session: Session, processor: Processor) -> Generator:
+        """A generator over a session that is open already."""
+        generator = cls.__new__(cls)
+        generator.session, generator.processor = session, processor
+        return generator
 
     def generate(
         self,
@@ -99,6 +119,7 @@ class Generator:
         max_new_tokens: int = 64,
         on_token: Callable[[int, str], None] | None = None,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
     ) -> list[Generation]:
         """Answer several prompts in one batch of right-padded rows; each gets what it would get alone.
 
@@ -107,6 +128,7 @@ class Generator:
             max_new_tokens: at least 1.
             on_token: gets (row, piece of text).
             sampling: each row draws from its own stream, seeded by (seed, row).
+            stop: texts that end an answer before them, besides the end-of-turn token.
 
         Raises:
             UserError: a prompt that leaves no room in the context.
@@ -115,7 +137,7 @@ class Generator:
             raise UserError(f"max_new_tokens {max_new_tokens} is out of range", "ask for at least 1")
         for sample in samples:
             self.session.check_length(sample, room=1)
-        rows = [_Row(self.processor, sample.length, on_token, i) for i, sample in enumerate(samples)]
+        rows = [_Row(self.processor, sample.length, on_token, i, stop) for i, sample in enumerate(samples)]
         draws = [np.random.default_rng([sampling.seed, i]) for i in range(len(rows))]
         start = time.perf_counter()
         logits, state = self.session.prefill(samples)
@@ -135,9 +157,12 @@ class Generator:
 class _Row:
     """One prompt's tokens so far, and its text on the way out."""
 
-    def __init__(self, processor: Processor, prompt: int, on_token: Callable[[int, str], None] | None, index: int) -> None:
+    def __init__(
+        self, processor: Processor, prompt: int, on_token: Callable[[int, str], None] | None, index: int, stop: Sequence[str] = ()
+    ) -> None:
         self.ids: list[int] = []
-        self.stop: Literal["eos", "length", "context"] | None = None
+        self.stop: Literal["eos", "length", "context", "text"] | None = None
+        self._stop_texts = tuple(text for text in stop if text)
         self._processor, self._prompt, self._on_token, self._index = processor, prompt, on_token, index
         self._shown = self._window = 0
         self._times: list[float] = []
@@ -147,12 +172,19 @@ class _Row:
         self._times.append(now)
         if token in self._processor.eos_token_ids:
             self.stop = "eos"
+        elif self._stop_texts and self._cut(text := self._processor.decode(self.ids)) != text:
+            self.stop = "text"
         elif len(self.ids) == max_new_tokens:
             self.stop = "length"
         elif self._prompt + len(self.ids) > max_seq_len:
             # The token just taken has no slot in the cache, so nothing can follow it.
             self.stop = "context"
         self._show()
+
+    def _cut(self, text: str) -> str:
+        """`text` up to the first stop text in it."""
+        places = [at for stop in self._stop_texts if (at := text.find(stop)) >= 0]
+        return text[: min(places)] if places else text
 
     def _show(self) -> None:
         # A character may span tokens, and a token's text may depend on the one before: decode a window that starts at the
@@ -171,7 +203,7 @@ class _Row:
         assert self.stop is not None
         span = self._times[-1] - self._times[0]
         rate = (len(self.ids) - 1) / span if span > 0 else 0.0
-        return Generation(self._processor.decode(self.ids), tuple(self.ids), self.stop, self._prompt, first, rate)
+        return Generation(self._cut(self._processor.decode(self.ids)), tuple(self.ids), self.stop, self._prompt, first, rate)
 
 
 def pick(logits: np.ndarray, sampling: Sampling, draws: np.random.Generator) -> int:

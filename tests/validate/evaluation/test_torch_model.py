@@ -18,6 +18,7 @@ from ecmfq_export.validate.evaluation.evalset import EvalSet, prepare
 from ecmfq_export.validate.evaluation.outputs import ProjectedStates, StateOutputs, token_scores
 from ecmfq_export.validate.evaluation.requests import Request, prefix_groups
 from ecmfq_export.validate.evaluation.torch_model import TorchRunner
+from tests.tiny_kimi import make_kimi_vl
 from tests.validate.evaluation.conftest import YES_NO
 
 
@@ -43,6 +44,16 @@ def test_every_position_equals_the_plain_forward_pass(checkpoint: Path, evalset:
     model = open_model(checkpoint)
     runner = TorchRunner(model, evalset.images.opened(model), memory_limit=memory_limit)
     states = runner.states(evalset.requests, Silent(), "")
+    logits = ProjectedStates(model, states).rows(0, len(states))
+    expected = torch.cat([_plain(model, evalset, request) for request in evalset.requests])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_latent_attention_and_shared_experts_too(data: Path, tmp_path: Path) -> None:
+    """Kimi-VL: another cache, plain rotary positions, a dense first layer."""
+    path = make_kimi_vl(tmp_path, seed=1)
+    evalset, model = prepare(path, data, yes_no=YES_NO), open_model(path)
+    states = TorchRunner(model, evalset.images.opened(model)).states(evalset.requests, Silent(), "")
     logits = ProjectedStates(model, states).rows(0, len(states))
     expected = torch.cat([_plain(model, evalset, request) for request in evalset.requests])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
