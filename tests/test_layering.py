@@ -34,6 +34,8 @@ OWN: dict[str, set[str]] = {
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
     "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
     "runtime": {"errors", "bundle", "engine.runner"},
+    # A model inside another project's program: opened, asked, scored.
+    "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
 COMMAND_LINE = {"cli", "workflow", "describe"}  # may import everything
 
@@ -51,6 +53,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "engine": {"numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"},
     "validate": {"torch", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "PIL"},
     "runtime": {"numpy", "PIL", "transformers", "tokenizers"},
+    "integrations": {"torch", "numpy", "PIL", "lmms_eval"},
     "cli": {"rich"},
     "workflow": set(),
     "describe": {"rich", "onnx"},

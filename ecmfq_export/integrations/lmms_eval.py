@@ -1,40 +1,33 @@
 """Our models in lmms-eval (0.7): ``python -m lmms_eval --model ecmfq --model_args pretrained=./bundle --tasks mme``.
 
-lmms-eval finds the model through the entry point ``lmms_eval.models`` of this package's metadata, which names :func:`manifest`. It
-brings the benchmarks and their data; whoever runs them installs it.
+Importing this module needs lmms-eval, which brings the benchmarks and their data; whoever runs them installs it. It finds the model
+through this package's entry point, see lmms_manifest.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from lmms_eval.api.model import lmms
 from PIL import Image
 
 from ecmfq_export.errors import UnsupportedError, UserError
 from ecmfq_export.integrations.answering import Answerer, Query
 from ecmfq_export.runtime.generate import GREEDY, Sampling
 
-if TYPE_CHECKING:
-    from lmms_eval.models.registry_v2 import ModelManifest
-
-MODEL_ID = "ecmfq"
 _MAX_NEW_TOKENS = 1024
-_KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "do_sample", "num_beams"}
+_KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "image_aspect_ratio"}
+"""Of these image_aspect_ratio belongs to other models' preprocessing: ours always keeps the ratio."""
 _IMAGE_MARK = "<image>"
 
 
-def manifest() -> ModelManifest:
-    """What lmms-eval's registry asks an entry point for."""
-    from lmms_eval.models.registry_v2 import ModelManifest
+class EcmfqModel(lmms):
+    """A checkpoint or a bundle behind lmms-eval's interface (``lmms_eval.api.model.lmms``, the simple form)."""
 
-    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.EcmfqModel")
-
-
-class _Requests:
-    """Everything but the base class, which is lmms-eval's."""
+    is_simple = True
 
     def __init__(
         self, pretrained: str, batch_size: int | str | None = 1, threads: int = 0, score: str = "loss", device: str | None = None,
@@ -139,16 +132,3 @@ def _generation(settings: dict[str, Any], seed: int) -> tuple[tuple[str, ...], i
     if settings.get("do_sample", temperature > 0) and temperature > 0:
         sampling = Sampling(temperature, float(settings.get("top_p") or 1.0), seed)
     return until, int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS), sampling
-
-
-def __getattr__(name: str) -> Any:
-    """``EcmfqModel``, made when it is asked for: its base class comes from lmms-eval, which need not be installed."""
-    if name != "EcmfqModel":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from lmms_eval.api.model import lmms
-    except ImportError as error:
-        raise UserError(f"lmms-eval is not usable here: {error}", "pip install lmms-eval") from None
-    model = type("EcmfqModel", (_Requests, lmms), {"__doc__": _Requests.__init__.__doc__, "__module__": __name__, "is_simple": True})
-    globals()[name] = model
-    return model
