@@ -92,7 +92,7 @@ class EcmfqModel(lmms):
             queries.append(self._query(context, doc_to_visual, task, split, doc_id))
             text = continuation if isinstance(continuation, str) else continuation(self.task_dict[task][split][doc_id])
             answers.append(str(text).strip())
-        return [(self._sign * found.log_prob, found.greedy) for found in self._answerer.score(queries, answers)]
+        return [_kept_whole((self._sign * found.log_prob, found.greedy)) for found in self._answerer.score(queries, answers)]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise UnsupportedError("tasks of several rounds are not supported", "choose tasks of one question and one answer")
@@ -102,6 +102,19 @@ class EcmfqModel(lmms):
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual is not None else None
         # Images stand before the text in our prompts; a mark in the text would be read as letters.
         return Query(str(text).replace(_IMAGE_MARK, "").strip(), tuple(_images(visuals, task)))
+
+
+def _kept_whole(pair: tuple[float, bool]) -> Any:
+    """`pair` in a form that lmms-eval hands on as it is.
+
+    The evaluator of 0.7.2 unwraps every response as if it were generated text and makes a string of a pair of numbers, so that its
+    own multiple-choice tasks fail; what stands in its ``GenerationResult`` passes.
+    """
+    try:
+        from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
+    except ImportError:  # a version that has no such step
+        return pair
+    return pair if unwrap_generation_output(pair)[0] == pair else GenerationResult(pair)
 
 
 def _images(visuals: Any, task: str) -> Iterable[Any]:

@@ -95,6 +95,15 @@ def _see(doc: dict) -> list:
     return [doc["image"]]
 
 
+def _received(responses: list) -> list[tuple[float, bool]]:
+    """Responses as lmms-eval's evaluator hands them to a task: unwrapped by its own function, where it is installed."""
+    try:
+        from lmms_eval.api.instance import unwrap_generation_output
+    except ImportError:
+        return responses
+    return [unwrap_generation_output(response)[0] for response in responses]
+
+
 def _model(adapter: types.ModuleType, checkpoint: Path, **config: Any) -> Any:
     model = adapter.EcmfqModel.create_from_arg_string(f"pretrained={checkpoint}", {"batch_size": "2", "device": None, **config})
     model.task_dict = {"task": DOCS}
@@ -120,14 +129,14 @@ def test_loglikelihood(adapter: types.ModuleType, checkpoint: Path) -> None:
     choices = ["a", "b", "zz"]
     requests = [Request(("which?", f" {choice}", _see, 1, "task", "test")) for choice in choices]
     requests.append(Request(("which?", lambda doc: doc["question"], _see, 1, "task", "test")))
-    found = model.loglikelihood(requests)
+    found = _received(model.loglikelihood(requests))
     query = adapter.Query("which?", (DOCS["test"][1]["image"],))
     expected = model._answerer.score([query] * 4, [*choices, "q1?"])
     assert [score for score, _ in found] == pytest.approx([-e.log_prob for e in expected], abs=1e-5)
     assert int(np.argmin([score for score, _ in found[:3]])) == int(np.argmax([e.log_prob for e in expected[:3]]))
     assert all(isinstance(greedy, bool) for _, greedy in found)
     other = _model(adapter, checkpoint, score="log_prob")
-    assert other.loglikelihood(requests[:1])[0][0] == pytest.approx(-found[0][0], abs=1e-5)
+    assert _received(other.loglikelihood(requests[:1]))[0][0] == pytest.approx(-found[0][0], abs=1e-5)
 
 
 def test_text_only_and_nested_visuals(adapter: types.ModuleType, checkpoint: Path) -> None:
