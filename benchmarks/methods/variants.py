@@ -15,8 +15,8 @@ METHODS = (
 
 OURS = "ecmfq"
 
-# FAQ off: round to nearest on the clip-searched scales, which is what FAQ falls back to as well.
-_NO_FAQ = {"rounding": "rtn"}
+# FAQ off: plain GPTQ. Rounding to nearest would read no data, and MACS alone could show nothing.
+_NO_FAQ = {"weighting": "none", "cross_strength": 0.0, "shrinkage_kappa": 0.0}
 _NO_ECS = {"smoothing": "none"}
 _NO_MACS = {"selection": "random"}
 
@@ -39,7 +39,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no cross term": {"cross_strength": 0.0},
     "no shrinkage": {"shrinkage_kappa": 0.0},
     "rotation (option R)": {"rotate": "residual"},
-    "rotation, online too": {"rotate": "residual_online"},
+    "rotation, online too": {"rotate": "residual_online", "rotate_values": True},
 }
 """ECMFQ with parts left out or replaced."""
 
