@@ -51,7 +51,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "stages": {"torch", "numpy", "safetensors", "compressed_tensors"},
     "graph": {"torch", "numpy", "ml_dtypes", "safetensors", "onnx", "onnx_ir", "onnxscript"},
     "engine": {"numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"},
-    "validate": {"torch", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "PIL"},
+    "validate": {"torch", "numpy", "safetensors", "onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "PIL"},
     "runtime": {"numpy", "PIL", "transformers", "tokenizers"},
     "integrations": {"torch", "numpy", "PIL", "lmms_eval"},
     "cli": {"rich"},

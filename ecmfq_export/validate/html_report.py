@@ -12,7 +12,7 @@ from typing import Any
 from ecmfq_export import __version__
 from ecmfq_export.errors import UserError
 from ecmfq_export.runtime.images import load_rgb
-from ecmfq_export.validate import plots
+from ecmfq_export.validate import plots, quantization_plots
 from ecmfq_export.validate.report import decibel, failures, recall_label
 
 _THUMBNAIL = 72
@@ -57,6 +57,7 @@ def render(report: dict[str, Any], images: Sequence[Path | None] = ()) -> str:
     parts.append(f'<div class="two"><section>{plots.bytes_plot(report)}</section>{_bytes_table(report["bytes"])}</div>')
     if any(layer["expert_usage"] for layer in report["layers"]):
         parts.append(f"<section><h2>Expert usage of the floating-point model</h2>{plots.expert_plot(report)}</section>")
+    parts.append(_quantization(report["quantization"]))
     parts.append(_layers_table(report))
     if report["items"]:
         parts.append(_items_table(report["items"], images))
@@ -149,6 +150,61 @@ def _bytes_table(sizes: dict[str, Any]) -> str:
     return (
         f"<section><h2>Bytes</h2>{_table(('what', 'float16', 'now', 'ratio'), body, numbers={1, 2, 3})}"
         '<p class="note">Scales are counted with the layers they belong to.</p></section>'
+    )
+
+
+def _quantization(record: dict[str, Any] | None) -> str:
+    """How the model was quantized; every part that no stage wrote down is named as missing."""
+    if record is None:
+        return "<section><h2>Quantization</h2><p class=note>The checkpoint has no record of how it was quantized.</p></section>"
+    method = escape(str(record["method"] or "unknown"))
+    missing, parts = [], []
+    layers = [row for row in record["layers"] if row.get("errors")]
+    if layers:
+        if quantization_plots.expert_groups(layers):
+            parts.append(f"<section>{quantization_plots.error_plot(layers)}{_error_note(layers)}</section>")
+        parts.append(f'<div class="two"><section>{quantization_plots.error_lines(layers)}</section>{_weightings(layers)}</div>')
+    else:
+        missing.append("errors by layer and expert")
+    pair = []
+    if record["scales"]:
+        pair.append(f"<section>{quantization_plots.scale_plot(record['scales'])}</section>")
+    else:
+        missing.append("smoothing scales")
+    if record["selection"]:
+        pair.append(f"<section>{quantization_plots.selection_plot(record['selection'])}{_selection_note(record['selection'])}</section>")
+    else:
+        missing.append("the calibration samples' selection against random ones")
+    if pair:
+        parts.append(f'<div class="two">{"".join(pair)}</div>')
+    note = f"No record of {', of '.join(missing)}: method {method} did not need it, or its stage's directory is gone." if missing else ""
+    head = f'<section><h2>Quantization with method {method}</h2><p class="note">{note}</p></section>'
+    return head + "".join(parts)
+
+
+def _error_note(layers: list[dict[str, Any]]) -> str:
+    unseen = sum(sum(counts) == 0 for row in layers for counts in row.get("tokens", []))
+    text = "Squared error of an expert's output over the squared output, on the calibration tokens that it computed."
+    if unseen:
+        text += f" {unseen} experts saw none."
+    return f'<p class="note">{text}</p>'
+
+
+def _weightings(layers: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in layers:
+        kl = row.get("kl") or {}
+        value = kl.get(row.get("weighting"))
+        others = ", ".join(f"{escape(name)} {k:.1e}" for name, k in kl.items() if name != row.get("weighting") and k is not None)
+        rows.append((str(row["layer"]), escape(str(row.get("weighting"))), "" if value is None else f"{value:.1e}", others))
+    head = ("layer", "weighting", "held-out KL", "others")
+    return f"<section><h2>Token weighting chosen by layer</h2>{_table(head, rows, numbers={2})}</section>"
+
+
+def _selection_note(selection: dict[str, Any]) -> str:
+    return (
+        f'<p class="note">{selection["selected"]} of {selection["pool"]} samples, {selection["topped_up"]} of them added for experts '
+        "with few tokens. Random: mean over five seeds. Bars to the right of the line are larger than random.</p>"
     )
 
 

@@ -29,6 +29,7 @@ from ecmfq_export.validate.evaluate import (
     recalls,
 )
 from ecmfq_export.validate.prompts import Prompts, load_prompts, match_pairs, match_samples, yes_no_ids
+from ecmfq_export.validate.quantization_record import read_record
 from ecmfq_export.validate.report import DEFAULT_THRESHOLDS, SCHEMA_VERSION, Thresholds, finite, judge
 from ecmfq_export.validate.torch_lockstep import Lockstep
 
@@ -103,6 +104,7 @@ def validate(
         report["retrieval"] = study.retrieval()
         report["bytes"] = checkpoint_bytes(quantized) | {"artifacts": artifact_bytes(onnx_dir, engines_dir)}
         report["engines"] = _engine_facts(engines_dir)
+        report["quantization"] = read_record(quantized_dir)
         report["thresholds"] = dataclasses.asdict(thresholds)
         report["checks"] = judge(report, thresholds)
         report["passed"] = all(check["passed"] is not False for check in report["checks"])

@@ -23,7 +23,8 @@ _STYLE = {
 }  # fmt: skip
 
 
-def _svg(name: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
+def svg(name: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
+    """What `draw` puts on an empty figure of width x height inches, as an SVG element with `name` as its label."""
     # A hash salt of its own keeps a figure's ids apart from those of the page's other figures, and the bytes reproducible.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -61,7 +62,7 @@ def layer_plot(report: dict[str, Any]) -> str:
         axes.set_ylim(bottom=min(0.0, *(known or [0.0])))
         axes.legend(loc="lower left")
 
-    return _svg("SQNR by layer", 5.4, 3.1, draw)
+    return svg("SQNR by layer", 5.4, 3.1, draw)
 
 
 def kl_plot(report: dict[str, Any]) -> str:
@@ -88,7 +89,7 @@ def kl_plot(report: dict[str, Any]) -> str:
         axes.set_ylim(0, 1.35 * max(1, *histogram["float_vs_quantized"], *histogram["quantized_vs_onnx"]))
         axes.legend(loc="upper left", fontsize=8)
 
-    return _svg("KL divergence", 5.4, 3.1, draw)
+    return svg("KL divergence", 5.4, 3.1, draw)
 
 
 def bytes_plot(report: dict[str, Any]) -> str:
@@ -123,7 +124,7 @@ def bytes_plot(report: dict[str, Any]) -> str:
         axes.set(xlabel=name, title="Bytes")
         axes.legend(loc="lower right")
 
-    return _svg("Bytes by precision", 5.4, 0.6 + 0.42 * (2 + 2 * len(set(report["bytes"]["layers"]) - {"quantized"})) + 0.6, draw)
+    return svg("Bytes by precision", 5.4, 0.6 + 0.42 * (2 + 2 * len(set(report["bytes"]["layers"]) - {"quantized"})) + 0.6, draw)
 
 
 def _unit(size: float) -> tuple[float, str]:
@@ -154,7 +155,7 @@ def accuracy_plot(report: dict[str, Any]) -> str:
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}" if y <= 1.0 else "")
         axes.legend(loc="upper right", ncols=3, fontsize=8)
 
-    return _svg("Accuracy by type", 10, 3.4, draw)
+    return svg("Accuracy by type", 10, 3.4, draw)
 
 
 def expert_plot(report: dict[str, Any]) -> str:
@@ -176,4 +177,4 @@ def expert_plot(report: dict[str, Any]) -> str:
         if image is not None:
             figure.colorbar(image, ax=list(panels), label="use / equal share", extend="max", shrink=0.9)
 
-    return _svg("Expert usage", 10, min(7.0, 1.4 + 0.22 * max(len(layers), 4)), draw)
+    return svg("Expert usage", 10, min(7.0, 1.4 + 0.22 * max(len(layers), 4)), draw)

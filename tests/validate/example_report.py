@@ -35,9 +35,19 @@ def example_report(questions: int = 240, **changes: Any) -> dict[str, Any]:
          "expert_usage": {"text": generator.integers(0, 90, 16).tolist(), "vision": generator.integers(0, 90, 16).tolist()}}
         for i in range(4)
     ]  # fmt: skip
+    record = {
+        "method": "ecmfq",
+        "layers": [{"layer": i, "weighting": "rho_g", "kl": {"none": 2e-5, "rho_g": 1e-5},
+                    "errors": {"attention_input": [2e-5], "gate_up": [*(generator.random(15) * 1e-2), None], "down": [1e-3] * 16},
+                    "tokens": [*([int(n), 9] for n in generator.integers(1, 90, 15)), [0, 0]]} for i in range(4)],
+        "scales": {"moe_input": [{"layer": i, "quantiles": [0.1, 0.5, 1.0, 2.0, 8.0]} for i in range(4)]},
+        "selection": {"pool": 448, "selected": 32, "topped_up": 3,
+                      "figures": {"objective": [2.3, 1.8], "coverage": [1.0, 1.0], "usage_std": [0.2, 0.3]}},
+    }  # fmt: skip
     row = {"float16": 1_474_560, "stored": 376_320, "ratio": 0.2552}
     report = {
         "schema_version": SCHEMA_VERSION,
+        "quantization": record,
         "model": {"family": "qwen3_vl_moe", "layers": 4, "hidden_size": 128, "experts": 16, "top_k": 4, "quantized": True},
         "settings": {"items": questions, "positions": "tokens of held-out answers", "tapped_items": 6, "onnx_dtype": "float16"},
         "vision": [{"output": "image features", "sqnr_db": 61.0, "cosine": 1.0, "max_abs": 1e-3, "median_error": 2e-7}],

@@ -133,9 +133,11 @@ def test_page_shows_every_part(page):
     parsed.feed(page)
     text = " ".join(parsed.text)
     for expected in ("Validation passed", "Final logits", "Hidden states after each layer", "Caption retrieval", "Expert usage",
-                     "Where quantization changed most", "Engines for rtx", "25.52%", "59.40%", "vision: image features"):
+                     "Where quantization changed most", "Engines for rtx", "25.52%", "59.40%", "vision: image features",
+                     "Quantization with method ecmfq", "log10 of relative error", "Smoothing scales",
+                     "Token weighting chosen by layer", "Calibration samples", "4 experts saw none"):
         assert expected in text, expected
-    assert parsed.tags.count("svg") == 5 and parsed.tags.count("img") == 1
+    assert parsed.tags.count("svg") == 9 and parsed.tags.count("img") == 1
 
 
 def test_page_names_the_failed_rows():

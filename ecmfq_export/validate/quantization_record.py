@@ -1,0 +1,78 @@
+"""What the stages wrote down of a quantization, as the report's data: errors by layer and expert, scales, the samples' selection."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ecmfq_export import bundle
+from ecmfq_export.errors import BundleError
+
+LAYERS, SCALES = "quantization.json", "smoothing_scales.safetensors"
+_QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+SELECTION_FIGURES = ("objective", "coverage", "fewest_tokens", "least_modality_mass", "usage_std")
+"""Of the calibration stage's report, for the selected samples and for random ones; see docs/method.md."""
+
+
+def read_record(quantized_dir: Path) -> dict[str, Any] | None:
+    """The record of a quantized checkpoint, or None where it has none (a floating-point or foreign checkpoint).
+
+    Returns:
+        ``method``: its name, or None. ``layers``: [] where no samples were looked at, else for each layer ``layer``, ``weighting``,
+        ``kl`` {weighting: nats}, ``errors`` {group: [experts]} (squared output error over squared output, both weighted), ``tokens``
+        [experts][text, vision]. ``scales``: {name: [{layer, quantiles}]}, quantiles 0, 5%, 50%, 95%, 1 of the scales that were folded in.
+        ``selection``: figures of the selected and of random samples, None where the samples are not beside the checkpoint any
+        more or were not selected.
+
+    Raises:
+        BundleError: a file that is damaged.
+    """
+    try:
+        manifest = bundle.read_manifest(quantized_dir, "quantize")
+    except BundleError:
+        return None
+    record: dict[str, Any] = {"method": manifest.info.get("method"), "layers": [], "scales": {}, "selection": None}
+    path = quantized_dir / LAYERS
+    if path.is_file():
+        try:
+            record["layers"] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record["layers"], list) or not all(isinstance(row, dict) and "layer" in row for row in record["layers"]):
+                raise ValueError("no list of layers")
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is damaged: {error}", "quantize again") from None
+    if (quantized_dir / SCALES).is_file():
+        record["scales"] = _scales(quantized_dir / SCALES)
+    record["selection"] = _selection(quantized_dir.parent / "calibration", manifest.inputs.get("calibration"))
+    return record
+
+
+def _scales(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():
+                _, layer, kind = name.split(".", 2)
+                values = np.asarray(file.get_tensor(name), np.float64)
+                rows = found.setdefault(kind, [])
+                rows.append({"layer": int(layer), "quantiles": np.quantile(values, _QUANTILES).tolist()})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BundleError(f"{path} is damaged: {error}", "quantize again") from None
+    return {kind: sorted(rows, key=lambda row: row["layer"]) for kind, rows in sorted(found.items())}
+
+
+def _selection(directory: Path, fingerprint: str | None) -> dict[str, Any] | None:
+    """The calibration stage's figures, if `directory` still is what the checkpoint was quantized with."""
+    if fingerprint is None:
+        return None
+    try:
+        info = bundle.read_manifest(directory, "calibrate").info
+    except BundleError:
+        return None
+    if bundle.fingerprint(directory) != fingerprint or any(f"selected_{key}" not in info for key in SELECTION_FIGURES):
+        return None
+    return {"pool": info.get("pool"), "selected": info.get("selected"), "topped_up": info.get("topped_up"),
+            "figures": {key: [info[f"selected_{key}"], info[f"random_{key}"]] for key in SELECTION_FIGURES}}  # fmt: skip
