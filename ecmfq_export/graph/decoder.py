@@ -119,8 +119,8 @@ class _Emitter:
             return self._linear(f"{prefix}.self_attn.{name}", name, x)
 
         def norm(name: str, x: ir.Value) -> ir.Value:
-            latent = isinstance(layer.attention, MlaSpec) and layer.attention.latent_norm_eps
-            return self._norm(f"{prefix}.self_attn.{name}", name, x, latent or self.spec.rms_norm_eps)
+            epsilon = layer.attention.latent_norm_eps if isinstance(layer.attention, MlaSpec) else None
+            return self._norm(f"{prefix}.self_attn.{name}", name, x, epsilon)
 
         with b.scope(prefix):
             x = self._norm(f"{prefix}.input_layernorm", "input_layernorm", hidden)
@@ -161,7 +161,7 @@ class _Emitter:
             index = b.op("Reshape", last[0], b.shape_const(-1, 1, 1), name="last_position")
             hidden = b.op("GatherND", hidden, index, batch_dims=1, name="last_hidden")
         x = self._norm("norm", "norm", hidden)
-        source = "embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight"
+        source = spec.output_projection
         weight = b.weight("lm_head.weight", b.dtype, [spec.hidden_size, spec.vocab_size], lambda: self.model.tensor(source).T, source)
         logits = b.op("MatMul", x, weight, name="lm_head")
         if b.dtype != F32:
@@ -200,7 +200,7 @@ class _Emitter:
 
     def _norm(self, canonical: str, name: str, x: ir.Value, epsilon: float | None = None) -> ir.Value:
         scale = self._weight(f"{canonical}.weight", list(self._shape(f"{canonical}.weight")))
-        return self.b.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon or self.spec.rms_norm_eps, name=name)
+        return self.b.op("RMSNormalization", x, scale, axis=-1, epsilon=self.spec.rms_norm_eps if epsilon is None else epsilon, name=name)
 
     def _weight(self, name: str, shape: list[int]) -> ir.Value:
         return self.b.weight(name, self.b.dtype, shape, lambda: self.model.tensor(name))

@@ -39,6 +39,7 @@ class DecoderInputs:
         deepstack: for each of the first decoder layers what is added to its output, [B, S, hidden], zero at text.
         token_types: int64 [B, S], 0 text and padding, 1 image tokens.
         lengths: int64 [B], tokens that are not padding.
+        deltas: int64 [B], position of the token after the prompt minus `lengths`.
     """
 
     inputs_embeds: torch.Tensor
@@ -48,6 +49,7 @@ class DecoderInputs:
     deepstack: list[torch.Tensor]
     token_types: torch.Tensor
     lengths: torch.Tensor
+    deltas: torch.Tensor
 
 
 def prepare_inputs(
@@ -82,7 +84,7 @@ def prepare_inputs(
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     grids = [sample.image_grid_thw for sample in samples if sample.image_grid_thw is not None]
     grid = np.concatenate(grids) if grids else None
-    positions, _ = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
+    positions, deltas = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
     cos, sin = rotary_tables(spec, positions, dtype)
     embeds = embed_tokens(model, torch.from_numpy(ids)).to(dtype)
     deepstack = [torch.zeros_like(embeds) for _ in range(spec.num_deepstack)]
@@ -102,6 +104,7 @@ def prepare_inputs(
         deepstack,
         torch.from_numpy(types),
         torch.from_numpy(lengths),
+        torch.from_numpy(deltas),
     )
 
 

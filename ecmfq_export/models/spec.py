@@ -270,6 +270,11 @@ class ModelSpec:
         return max((layer.mlp.num_shared_experts for layer in self.layers if isinstance(layer.mlp, MoESpec)), default=0)
 
     @property
+    def output_projection(self) -> str:
+        """Canonical name of the matrix that makes logits of the last states."""
+        return "embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
+    @property
     def num_deepstack(self) -> int:
         """How many DeepStack feature tensors the decoder takes."""
         return len(self.vision.deepstack_layers)

@@ -270,13 +270,37 @@ def final_norm(model: MoEVLM, hidden: torch.Tensor) -> torch.Tensor:
     return torch_math.rms_norm(hidden, model.tensor("norm.weight").to(hidden.dtype), model.spec.rms_norm_eps)
 
 
+@dataclass(frozen=True)
+class OutputHead:
+    """Final norm and output projection, in memory.
+
+    Attributes:
+        norm: [hidden], in the computing dtype; eps: of the norm.
+        weight: [vocab, hidden], in the computing dtype or quantized.
+    """
+
+    norm: torch.Tensor
+    eps: float
+    weight: torch.Tensor | IntegerWeight
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's [..., hidden] to float32 logits [..., vocab]."""
+        normed = torch_math.rms_norm(hidden, self.norm, self.eps)
+        if isinstance(self.weight, IntegerWeight):
+            return quantized_linear(normed, self.weight)
+        return F.linear(normed, self.weight).float()
+
+
+def load_head(model: MoEVLM, dtype: torch.dtype = torch.float32) -> OutputHead:
+    """The model's head, floating tensors in `dtype`; reads the output projection from disk."""
+    name = model.spec.output_projection
+    weight = model.tensor(name).to(dtype) if model.recipe(name) == "float" else IntegerWeight.of(model.qtensor(name))
+    return OutputHead(model.tensor("norm.weight").to(dtype), model.spec.rms_norm_eps, weight)
+
+
 def decoder_logits(model: MoEVLM, hidden: torch.Tensor) -> torch.Tensor:
-    """Final norm and output projection: the last layer's [B, S, hidden] to float32 logits [B, S, vocab]."""
-    normed = final_norm(model, hidden)
-    name = "embed_tokens.weight" if model.spec.tie_word_embeddings else "lm_head.weight"
-    if model.recipe(name) != "float":
-        return quantized_linear(normed, model.qtensor(name))
-    return F.linear(normed, model.tensor(name).to(hidden.dtype)).float()
+    """Final norm and output projection, read for this one call: the last layer's [..., hidden] to float32 logits [..., vocab]."""
+    return load_head(model, hidden.dtype)(hidden)
 
 
 def run_decoder(
@@ -306,4 +330,7 @@ def run_decoder(
     return decoder_logits(model, hidden)
 
 
-__all__ = ["DecoderLayer", "LayerCache", "Routing", "decoder_logits", "final_norm", "load_layer", "quantized_linear", "run_decoder"]
+__all__ = [
+    "DecoderLayer", "LayerCache", "OutputHead", "Routing", "decoder_logits", "final_norm", "load_head", "load_layer", "quantized_linear",
+    "run_decoder",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """A checkpoint in PyTorch behind the calls of runtime.decoder_session: prefill a batch of prompts, decode one token each, score answers.
 
 The whole decoder is in memory, floating weights in float32 and quantized ones widened to it (four bytes a parameter), so that a
-token costs no reading; a model that does not fit is run from its exported graphs instead.
+token costs no reading but that of its embedding; a model that does not fit is run from its exported graphs instead.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.inputs import embed_tokens, prepare_inputs, rotary_tables
 from ecmfq_export.models.moe_vlm import MoEVLM
-from ecmfq_export.models.torch_decoder import LayerCache, final_norm, load_layer
-from ecmfq_export.models.torch_math import IntegerWeight, quantized_linear
+from ecmfq_export.models.torch_decoder import LayerCache, load_head, load_layer
 from ecmfq_export.runtime import host_inputs
 from ecmfq_export.runtime.sample import ProcessedSample
 
@@ -53,9 +51,7 @@ class TorchSession:
         self.max_seq_len = model.spec.max_position_embeddings
         self._layers = [load_layer(model, index) for index in range(model.spec.num_layers)]
         self._vision: torch.nn.Module | None = None
-        name = "embed_tokens.weight" if model.spec.tie_word_embeddings else "lm_head.weight"
-        quantized = model.recipe(name) != "float"
-        self._head = IntegerWeight.of(model.qtensor(name)) if quantized else model.tensor(name).float()
+        self._head = load_head(model)
 
     def check_length(self, sample: ProcessedSample, room: int = 0) -> None:
         """Raise UserError unless `sample` and `room` more tokens fit the context."""
@@ -116,15 +112,8 @@ class TorchSession:
             hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, None if caches is None else caches[index])
             if index < len(inputs.deepstack):
                 hidden = hidden + inputs.deepstack[index]
-        spec = self._model.spec
-        grids = [s.image_grid_thw for s in samples if s.image_grid_thw is not None]
-        _, deltas = host_inputs.decoder_positions(
-            inputs.token_types.numpy(), inputs.lengths.numpy(), np.concatenate(grids) if grids else None, spec.vision.spatial_merge_size,
-            spec.rope.kind,
-        )  # fmt: skip
-        return hidden, deltas
+        return hidden, inputs.deltas.numpy()
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = final_norm(self._model, hidden)
-        return quantized_linear(normed, self._head) if isinstance(self._head, IntegerWeight) else F.linear(normed, self._head)
+        return self._head(hidden)

@@ -14,7 +14,7 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.spec import MoESpec
-from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, decoder_logits, load_layer
+from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, load_head, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant import macs
 from ecmfq_export.quant.token_weights import TEXT, VISION, vision_attention_mass
@@ -150,13 +150,14 @@ def _text_loss(
     model: MoEVLM, batches: list[Batch], ids: list[np.ndarray], store: ActivationStore
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of each sample's negative log likelihoods of text tokens [N], and how many they are [N]; `store` has the last outputs."""
+    head = load_head(model)
     loss, predicted = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.int64)
     for batch in batches:
         hidden = store.get(f"hidden/{batch.index}")
         for row, number in enumerate(batch.samples):
             said = torch.from_numpy(ids[number])
             text = batch.types[row, 1 : len(said)] == TEXT
-            scores = decoder_logits(model, hidden[row : row + 1, : len(said) - 1])[0][text].log_softmax(-1)
+            scores = head(hidden[row : row + 1, : len(said) - 1])[0][text].log_softmax(-1)
             loss[number] = -float(scores.gather(-1, said[1:][text].unsqueeze(-1)).double().sum())
             predicted[number] = int(text.sum())
     return loss, predicted

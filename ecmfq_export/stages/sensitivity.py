@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import MoEVLM
-from ecmfq_export.models.torch_decoder import decoder_logits, load_layer
+from ecmfq_export.models.torch_decoder import load_head, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.token_weights import TEXT, VISION
 from ecmfq_export.runtime.sample import ProcessedSample
@@ -43,17 +43,19 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
         batches = list(prepare_batches(model, usable, store, stream="input.0"))
         for index in range(layers):
             advance(load_layer(model, index), index, batches, store, f"input.{index}", into=f"input.{index + 1}")
+        head = load_head(model)
         for batch in batches:
             hidden = store.get(f"input.{layers}/{batch.index}").clone().requires_grad_()
             length = batch.types.shape[1]
             ids = _padded([usable[i].input_ids for i in batch.samples], length)[:, 1:]
             answers = _padded([usable[i].answer_mask for i in batch.samples], length)[:, 1:].bool()
-            logits = decoder_logits(model, hidden)[:, :-1]
+            logits = head(hidden)[:, :-1]
             loss = F.cross_entropy(logits[answers], ids[answers], reduction="sum")
             (gradient,) = torch.autograd.grad(loss, hidden)
             store.put(f"gradient/{batch.index}", gradient)
             for modality in (TEXT, VISION):
                 counts[modality] += int(((batch.types == modality) & batch.valid).sum())
+        del head  # as large as the vocabulary
         for index in progress.track(reversed(range(layers)), "measure text and vision gradients", layers):
             layer = load_layer(model, index)
             for batch in batches:

@@ -77,7 +77,7 @@ def test_ragged_batch_with_decode_steps(models) -> None:
     cos, sin = host.rope_tables(model.spec.rope, positions)
     whole = run_decoder(model, type(inputs)(
         inputs.inputs_embeds, torch.from_numpy(np.concatenate([cos, cos], -1)), torch.from_numpy(np.concatenate([sin, sin], -1)),
-        inputs.mask, [], inputs.token_types, inputs.lengths)).numpy()
+        inputs.mask, [], inputs.token_types, inputs.lengths, inputs.deltas)).numpy()
     embeds = inputs.inputs_embeds.numpy()
     ours = Decoder(session(emit_decoder(model, SEQ, F32)), model.spec, SEQ, 2)
     prompt = embeds[:, :9].copy()

@@ -130,7 +130,7 @@ def test_decoding_with_a_cache(tmp_path: Path) -> None:
     for start, stop in [(0, 9), *((i, i + 1) for i in range(9, length))]:
         part = slice(start, stop)
         step = DecoderInputs(inputs.inputs_embeds[:, part], inputs.cos[:, part], inputs.sin[:, part], inputs.mask[:, :, part, :stop],
-                             [], inputs.token_types[:, part], inputs.lengths)
+                             [], inputs.token_types[:, part], inputs.lengths, inputs.deltas)
         pieces.append(run_decoder(model, step, layers=layers, caches=caches))
     close(torch.cat(pieces, 1), whole)
     assert caches[0].key.shape[-1] == 24 and caches[0].value.shape[-1] == 16

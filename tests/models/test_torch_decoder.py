@@ -139,7 +139,7 @@ def test_decoding_with_a_cache(checkpoints) -> None:
         part = slice(start, stop)
         step = DecoderInputs(
             inputs.inputs_embeds[:, part], inputs.cos[:, part], inputs.sin[:, part], inputs.mask[:, :, part, :stop],
-            [feature[:, part] for feature in inputs.deepstack], inputs.token_types[:, part], inputs.lengths,
+            [feature[:, part] for feature in inputs.deepstack], inputs.token_types[:, part], inputs.lengths, inputs.deltas,
         )  # fmt: skip
         pieces.append(run_decoder(model, step, layers=layers, caches=caches))
     close(torch.cat(pieces, 1), whole)

@@ -54,7 +54,7 @@ class ProjectedStates:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Logits [stop - start, vocab] float32."""
-        name = _projection(self._model)
+        name = self._model.spec.output_projection
         states = self._states[start:stop]
         if self._model.recipe(name) != "float":
             return quantized_linear(states, self._model.qtensor(name))
@@ -108,7 +108,7 @@ class StateOutputs:
         # The normalization of the softmax cancels, so two columns of the vocabulary are enough.
         if self._pair is None:
             raise ValueError("no pair of tokens was given")
-        name = _projection(self._model)
+        name = self._model.spec.output_projection
         states = final_norm(self._model, self._part(start, stop))
         if self._model.recipe(name) == "float":
             logits = F.linear(states, torch.cat([self._model.tensor_rows(name, i, i + 1) for i in self._pair]).float())
@@ -118,10 +118,6 @@ class StateOutputs:
 
     def _part(self, start: int, stop: int) -> torch.Tensor:
         return self._states[self._starts[start] : self._starts[stop]]
-
-
-def _projection(model: MoEVLM) -> str:
-    return "embed_tokens.weight" if model.spec.tie_word_embeddings else "lm_head.weight"
 
 
 @dataclass(frozen=True)
