@@ -9,7 +9,6 @@ A run is a function of its arguments: batches come from (seed, step), so a resum
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -22,7 +21,9 @@ import torch
 from cells import GRIDS, SPLITS, make_scene, render, vary
 from dialogue import QUESTIONS, ask_text, caption
 from families import SEEDS, build_config, build_model, family_of, routers
-from fast_muon import build_optimizers
+from fast_muon import FastMuon
+from memory import keep_freed_memory
+from optim import build_optimizers
 from packing import (
     CELL_CLASSES,
     IMAGE_EMBEDDING,
@@ -42,16 +43,6 @@ from vocabulary import write_processor_files
 HERE = Path(__file__).resolve().parent
 TEMPERATURE = 0.05
 """Of the contrastive loss over cosine similarities."""
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a step's large tensors otherwise page-fault anew every time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except OSError:
-        pass  # not glibc: slower, not wrong
 
 
 class RouterTap:
@@ -244,7 +235,7 @@ def main() -> None:
     model = build_model(name, build_config(name, tokenizer), seed)
     tap, probe = RouterTap(model), CellProbe(model)
     top_k = model.config.text_config.num_experts_per_tok
-    optimizers = [*build_optimizers(model, args.lr, args.muon_lr), torch.optim.AdamW(probe.parameters(), lr=args.lr)]
+    optimizers = [*build_optimizers(model, "muon", args.lr, args.muon_lr, FastMuon), torch.optim.AdamW(probe.parameters(), lr=args.lr)]
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
     state_file, log_file = work / "state.pt", work / "log.jsonl"
     begin = 0

@@ -20,13 +20,14 @@ import matplotlib
 import torch
 from data import Encoder, pack
 from heldout import HERE, distractors, heldout_questions, heldout_scenes
+from memory import keep_freed_memory
 from model import use_training_forms
 from prompts import Prompter
 from questions import CAPTION_PROMPT, MATCH_PROMPT, QA, TYPE_WEIGHTS, ask_text, caption
 from rich.progress import track
 from scenes import Scene, render
 from torch.nn import functional as F
-from train import forward, keep_freed_memory
+from train import forward
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 matplotlib.use("Agg")

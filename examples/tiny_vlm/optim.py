@@ -38,9 +38,14 @@ class Muon(torch.optim.Optimizer):
                     continue
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]))
+                update = self.orthogonalized(p.grad.lerp(buffer, group["momentum"]))
                 scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+    @staticmethod
+    def orthogonalized(update: torch.Tensor) -> torch.Tensor:
+        """:func:`orthogonalize` in the precision that this optimizer takes for it."""
+        return orthogonalize(update)
 
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
@@ -48,7 +53,9 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
     return p.ndim in (2, 3) and not any(part in name for part in ("embed", "lm_head", "mlp.gate.weight"))
 
 
-def build_optimizers(model: nn.Module, kind: str, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, kind: str, lr: float, muon_lr: float, muon_class: type[Muon] = Muon
+) -> list[torch.optim.Optimizer]:
     """`kind` is "muon" (with AdamW for what Muon does not take) or "adamw" for everything."""
     named = list(model.named_parameters())
     muon = [p for n, p in named if kind == "muon" and is_matrix(n, p)]
@@ -59,5 +66,5 @@ def build_optimizers(model: nn.Module, kind: str, lr: float, muon_lr: float) -> 
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)]
     if muon:
-        optimizers.append(Muon(muon, lr=muon_lr))
+        optimizers.append(muon_class(muon, lr=muon_lr))
     return optimizers

@@ -9,7 +9,6 @@ A run is a function of its arguments: batches come from (seed, step), so a resum
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 from data import Batch, Encoder, pack, training_batch
+from memory import keep_freed_memory
 from model import build_config, build_model
 from optim import build_optimizers
 from questions import TYPE_WEIGHTS, ask, ask_text
@@ -31,16 +31,6 @@ from transformers import AutoTokenizer, GenerationConfig
 
 console = Console(width=160)
 FIRST_CYCLE, KNEE = 4000, 4550
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: a step's large tensors otherwise page-fault anew every time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except OSError:
-        pass  # not glibc: slower, not wrong
 
 
 class RouterTap:
