@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from ecmfq_export.runtime.sample import ProcessedSample
-from tests.tiny_models import random_sample, write_tokenizer
+from tests.tiny_models import fill_randomly, random_sample, write_tokenizer
 
 SPECIAL_TOKENS = (
     "[PAD]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|media_start|>", "<|media_content|>",
@@ -66,21 +66,8 @@ def build_kimi(config: Kimi_K25Config, seed: int = 0) -> Kimi_K25ForConditionalG
     config._attn_implementation = config.text_config._attn_implementation = config.vision_config._attn_implementation = "eager"
     config.text_config._experts_implementation = "eager"
     model = Kimi_K25ForConditionalGeneration(config).float().eval()
-    generator = torch.Generator().manual_seed(seed)
     biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    for name, weight in sorted([*model.named_parameters(), *biases.items()]):
-        noise = torch.randn(weight.shape, generator=generator)
-        if name.endswith(("bias", "e_score_correction_bias")):
-            weight.copy_(0.1 * noise)
-        elif "norm" in name:
-            weight.copy_(1 + 0.2 * noise)
-        elif "embed" in name and "patch_embed.proj" not in name:
-            weight.copy_(0.5 * noise)
-        elif name.endswith("mlp.gate.weight"):
-            weight.copy_(noise * 2 / weight.shape[-1] ** 0.5)
-        else:
-            fan_in = weight[0].numel() if weight.ndim != 3 else weight.shape[-1]
-            weight.copy_(noise / fan_in**0.5)
+    fill_randomly([*model.named_parameters(), *biases.items()], seed)
     return model
 
 

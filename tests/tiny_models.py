@@ -7,7 +7,7 @@ several units (ids are stable under 1e-5 changes), a decoder weight is never squ
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +73,31 @@ def build_qwen3_vl_moe(config: Qwen3VLMoeConfig, seed: int = 0) -> Qwen3VLMoeFor
         model = Qwen3VLMoeForConditionalGeneration(config)
     model = model.to_empty(device="cpu").float().eval()
     model.tie_weights()
+    fill_randomly(model.named_parameters(), seed)
+    # Non-persistent buffers (inverse frequencies) are empty after to_empty.
+    language, visual = model.model.language_model, model.model.visual
+    language.rotary_emb = type(language.rotary_emb)(config.text_config)
+    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(config.vision_config)
+    return model
+
+
+@torch.no_grad()
+def fill_randomly(weights: Iterable[tuple[str, torch.Tensor]], seed: int) -> None:
+    """Random values that keep activations at a usual size, in the order of the names: `seed` alone decides them."""
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(weights, key=lambda item: item[0]):
         noise = torch.randn(weight.shape, generator=generator)
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             weight.copy_(0.1 * noise)
         elif "norm" in name:
             weight.copy_(1 + 0.2 * noise)
-        elif "embed" in name and "patch_embed" not in name:
+        elif "embed" in name and "patch_embed.proj" not in name:
             weight.copy_(0.5 * noise)
         elif name.endswith("mlp.gate.weight"):
             weight.copy_(noise * 2 / weight.shape[-1] ** 0.5)
         else:
             fan_in = weight[0].numel() if weight.ndim != 3 else weight.shape[-1]
             weight.copy_(noise / fan_in**0.5)
-    # Non-persistent buffers (inverse frequencies) are empty after to_empty.
-    language, visual = model.model.language_model, model.model.visual
-    language.rotary_emb = type(language.rotary_emb)(config.text_config)
-    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(config.vision_config)
-    return model
 
 
 def make_qwen3_vl_moe(

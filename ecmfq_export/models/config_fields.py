@@ -164,3 +164,20 @@ def one_rope_spelling(text: ConfigFields, given: Mapping[str, Any]) -> None:
             "config.json: rope_parameters, rope_scaling and rope_theta of text_config contradict each other",
             "keep one of rope_parameters and rope_scaling, and one rope_theta",
         )
+
+
+def expect_axial_rope(vision: ConfigFields, defaults: Any) -> None:
+    """Take a vision config's rotary fields, and refuse all but the axial embedding that the host computes.
+
+    Args:
+        defaults: transformers' config, in which the spellings of older files are one ``rope_parameters``.
+
+    Raises:
+        UnsupportedError: another type or base, or a field that is not known.
+    """
+    rope = ConfigFields("vision_config.rope_parameters", dict(defaults.rope_parameters or {}), None)
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        vision.take(name)
+    rope.expect("rope_type", "axial", why="transformers' tower knows no other")
+    rope.expect("rope_theta", 10000.0, 10000, why="the host computes the tower's angles with it")
+    rope.finish({})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models import deepseek_v3, kimi_vision
-from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields
+from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, expect_axial_rope
 from ecmfq_export.models.float_source import ExpertPart
 from ecmfq_export.models.spec import MlaSpec, ModelSpec, MoESpec, VisionSpec
 
@@ -149,12 +149,7 @@ def _published_vision(given: dict[str, Any], text_hidden_size: int) -> VisionSpe
 def _k25_vision(top: ConfigFields, given: dict[str, Any], defaults: Any, text_hidden_size: int) -> VisionSpec:
     vision = ConfigFields("vision_config", given, defaults)
     vision.expect("model_type", "kimi_k25_vision", why="another vision tower than this family's")
-    rope = ConfigFields("vision_config.rope_parameters", dict(defaults.rope_parameters or {}), None)
-    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        vision.take(name)
-    rope.expect("rope_type", "axial", why="transformers' tower knows no other")
-    rope.expect("rope_theta", 10000.0, 10000, why="the host computes the tower's angles with it")
-    rope.finish({})
+    expect_axial_rope(vision, defaults)
     spec = _vision(vision, "pos_emb", text_hidden_size)
     top.expect("projection_hidden_size", spec.hidden_size, why="the projector's norm reads the tower's channels")
     top.expect("projection_layer_norm_eps", 1e-5, why="published towers know no other")

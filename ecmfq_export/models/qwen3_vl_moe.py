@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
-from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, one_rope_spelling
+from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, expect_axial_rope, one_rope_spelling
 from ecmfq_export.models.spec import (
     DecoderLayerSpec,
     DenseMlpSpec,
@@ -171,12 +171,7 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
     vision.expect("model_type", "qwen3_vl_moe_vision", "qwen3_vl_moe", why="another vision tower than this family's")
     vision.expect("hidden_act", "gelu_pytorch_tanh", why="no such tower was checked")
     vision.whole("intermediate_size")  # the tower's shapes show it
-    rope = ConfigFields("vision_config.rope_parameters", dict(defaults.rope_parameters or {}), None)
-    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        vision.take(name)
-    rope.expect("rope_type", "axial", why="transformers' tower knows no other")
-    rope.expect("rope_theta", 10000.0, 10000, why="the host computes the tower's angles with it")
-    rope.finish({})
+    expect_axial_rope(vision, defaults)
     spec = VisionSpec(
         hidden_size=vision.whole("hidden_size"),
         num_layers=vision.whole("depth", maximum=_MAX_LAYERS),

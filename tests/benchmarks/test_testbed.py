@@ -218,3 +218,15 @@ def test_the_selection_bias_moves_towards_idle_experts(models) -> None:
     chosen = torch.tensor([[0, 1], [0, 1], [0, 2]])
     update_selection_bias(model, [(None, None, chosen)], torch.full((3,), 1 / 3), rate=0.5)
     assert gate.e_score_correction_bias.tolist() == [-0.5, -0.5, 0.5, 0.5]
+
+
+def test_prompts_are_those_of_the_evaluation(testbed_modules) -> None:
+    """Models are trained on what they are asked: a changed prompt would measure another readout."""
+    import dialogue
+
+    from ecmfq_export.validate.evaluation import evalset
+    from ecmfq_export.validate.prompts import MATCH_PROMPT
+
+    assert dialogue.IMAGE_EMBEDDING_PROMPT == evalset.IMAGE_EMBEDDING_PROMPT
+    assert dialogue.TEXT_EMBEDDING_PROMPT == evalset.TEXT_EMBEDDING_PROMPT
+    assert (dialogue.CAPTION_PROMPT, dialogue.MATCH_PROMPT) == (evalset.CAPTION_PROMPT, MATCH_PROMPT)

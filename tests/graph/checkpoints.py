@@ -6,8 +6,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
+from ecmfq_export.graph.decoder import emit_decoder
+from ecmfq_export.graph.passes.quantize_experts import QuantizeExpertsPass
+from ecmfq_export.graph.passes.quantize_linears import QuantizeLinearsPass
 from ecmfq_export.models.inputs import DecoderInputs
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes, open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
@@ -61,3 +65,11 @@ def decoder_inputs(model: MoEVLM, seed: int, batch: int, seq: int) -> tuple[Deco
         torch.from_numpy(types), torch.full((batch,), seq), torch.zeros(batch, dtype=torch.int64),
     )  # fmt: skip
     return inputs, positions
+
+
+def quantized_graph(model: MoEVLM, dtype=ir.DataType.FLOAT, group_size: int = -1, max_seq: int = 40) -> ir.Model:
+    """The decoder of a quantized checkpoint with both quantizing passes behind it."""
+    graph = emit_decoder(model, max_seq, dtype)
+    QuantizeLinearsPass(model, dtype)(graph)
+    QuantizeExpertsPass(model, group_size)(graph)
+    return graph

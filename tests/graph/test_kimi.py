@@ -9,13 +9,11 @@ import torch
 
 from ecmfq_export.graph.decoder import add_taps, emit_decoder
 from ecmfq_export.graph.passes.decompose_attention import DecomposeAttentionPass
-from ecmfq_export.graph.passes.quantize_experts import QuantizeExpertsPass
-from ecmfq_export.graph.passes.quantize_linears import QuantizeLinearsPass
 from ecmfq_export.graph.vision import trace_vision
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.torch_decoder import load_layer, run_decoder
 from ecmfq_export.runtime import host_inputs as host
-from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint
+from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint, quantized_graph
 from tests.graph.helpers import Decoder, session
 from tests.tiny_kimi import make_kimi_k25, make_kimi_vl
 
@@ -35,13 +33,6 @@ VARIANTS = {
 def models(tmp_path_factory) -> tuple[MoEVLM, MoEVLM]:
     """W8A8 attention, W4A8 dense MLP, W8A8 lm_head, W4A8 experts."""
     return quantized_checkpoint(tmp_path_factory.mktemp("kimi"), dense=4, lm_head=8, make=make_kimi_vl)
-
-
-def quantized_graph(model: MoEVLM, dtype=F32) -> ir.Model:
-    graph = emit_decoder(model, SEQ, dtype)
-    QuantizeLinearsPass(model, dtype)(graph)
-    QuantizeExpertsPass(model, -1)(graph)
-    return graph
 
 
 @pytest.fixture(scope="module")

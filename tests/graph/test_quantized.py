@@ -11,11 +11,10 @@ from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.graph.decoder import add_taps, emit_decoder
 from ecmfq_export.graph.passes.decompose_attention import DecomposeAttentionPass
 from ecmfq_export.graph.passes.quantize_experts import QuantizeExpertsPass
-from ecmfq_export.graph.passes.quantize_linears import QuantizeLinearsPass
 from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.torch_decoder import load_layer, run_decoder
 from ecmfq_export.quant.rtn import quantize_rtn
-from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint
+from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint, quantized_graph
 from tests.graph.helpers import Decoder, HfSource, session
 from tests.tiny_models import build_qwen3_vl_moe, qwen3_vl_moe_config
 
@@ -27,13 +26,6 @@ MIXED = {"num_hidden_layers": 3, "mlp_only_layers": [1], "moe_intermediate_size"
 def models(tmp_path_factory) -> tuple[MoEVLM, MoEVLM]:
     """W8A8 attention, W4A8 dense MLP, W8A8 lm_head, W4A8 experts: every recipe at once."""
     return quantized_checkpoint(tmp_path_factory.mktemp("mixed"), dense=4, lm_head=8, **MIXED)
-
-
-def quantized_graph(model: MoEVLM, dtype=ir.DataType.FLOAT, group_size: int = -1, max_seq: int = SEQ) -> ir.Model:
-    graph = emit_decoder(model, max_seq, dtype)
-    QuantizeLinearsPass(model, dtype)(graph)
-    QuantizeExpertsPass(model, group_size)(graph)
-    return graph
 
 
 @pytest.fixture(scope="module")
