@@ -25,7 +25,7 @@ Method = Literal[
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How to quantize. Routed and shared experts are always W4A8; METHOD names in parentheses.
+    """How to quantize. Routed and shared experts are W4A8; METHOD names in parentheses.
 
     A method is a row of parts (``stages/methods.py``). A part's setting is ``method``, or -1 where it is a number, to take what
     the method says, and any other value to put another part in its place.
@@ -34,6 +34,8 @@ class QuantConfig:
         method: ``ecmfq`` is the whole method; ``rtn`` rounds to nearest without smoothing or calibration; the others are
             published methods, see docs/method.md.
         attention: recipe of q, k, v and o projections.
+        expert_bits: 4; 3 and 2 round the experts' weights on a coarser grid that is stored as int4 all the same, to compare methods
+            where differences are larger: no fewer bytes, no faster kernels.
         lm_head: recipe of the output projection.
         group_size: -1, one scale an output channel; 128, plus int8 group multipliers.
         num_samples: calibration samples that are picked from the pool (K).
@@ -63,6 +65,7 @@ class QuantConfig:
 
     method: Method = "ecmfq"
     attention: LinearRecipe = "w8a8"
+    expert_bits: Literal[4, 3, 2] = 4
     lm_head: Literal["fp16", "w8a8"] = "fp16"
     group_size: Literal[-1, 128] = -1
     num_samples: int = 128

@@ -45,14 +45,14 @@ class LayerQuantizer:
     Args:
         layer: floating point, smoothing folded in.
         index: its number.
-        train, heldout: streams; only `train` enters Hessians.
+        train, heldout: streams; only `train` enters Hessians until :meth:`refit`.
         rho: float [2], weight of text and vision tokens.
         config: settings.
 
     Attributes:
         errors: by weighting, then by group (the attention's, ``gate_up``, ``down``): each expert's relative output error on the
-            search side, float32 [E], see :func:`ecmfq_export.quant.rounding.relative_error`.
-        tokens: int64 [E, 2], text and vision tokens of the search side that each expert computed; filled by the first weighting.
+            samples in the Hessians, float32 [E], see :func:`ecmfq_export.quant.rounding.relative_error`.
+        tokens: int64 [E, 2], text and vision tokens in the Hessians that each expert computed; filled by the first weighting.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class LayerQuantizer:
         self.errors: dict[Weighting, dict[str, torch.Tensor]] = {}
         self.tokens = torch.zeros(mlp_view.num_experts(layer), 2, dtype=torch.int64)
         self._train, self._heldout = train, heldout
+        self._fitted: tuple[Stream, ...] = (train,)
         self._groups = attention_view.groups(layer.spec.attention)
         self._attention: dict[Weighting, dict[str, QTensor]] = {}
         self._attention_errors: dict[Weighting, dict[str, torch.Tensor]] = {}
@@ -81,9 +82,9 @@ class LayerQuantizer:
         gate_up, down = mlp_view.stacked_weights(self._layer)
         hessian = WeightedHessian(*gate_up.shape[::2], cross=self._cross)
         count = not bool(self.tokens.any())
-        for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
+        for store, batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
             routed = mlp_view.route(layer, x)
-            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, routed), routed.token,
+            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, store, routed), routed.token,
                         reference if self._cross else None)
             if count:
                 types = batch.types[batch.valid][routed.token]
@@ -94,10 +95,10 @@ class LayerQuantizer:
         del hessian
         hessian = WeightedHessian(*down.shape[::2], cross=self._cross)
         spread: list[torch.Tensor] = []
-        for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
+        for store, batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
             routed = mlp_view.route(layer, x)
             inner = fake_quantize_per_token(mlp_view.intermediate(layer, x, routed))
-            hessian.add(inner, routed.expert, self._weights(weighting, batch, routed),
+            hessian.add(inner, routed.expert, self._weights(weighting, batch, store, routed),
                         reference=mlp_view.intermediate(self._layer, reference, routed) if self._cross else None)
             spread.append(x)
         shrinks = self._parts.rounding == "gptq" and self._parts.kappa > 0.0
@@ -105,6 +106,14 @@ class LayerQuantizer:
         quantized = quantize_weight(down, hessian, settings, target=target)
         errors["down"] = relative_error(down, quantized, hessian.matrix)
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
+
+    def refit(self, weighting: Weighting) -> DecoderLayer:
+        """As :meth:`quantize`, with the held-out samples in the Hessians too: once a choice has been judged on them they need not
+        be kept out, and a Hessian of more tokens is a better one."""
+        self._fitted = (self._train, self._heldout)
+        self._attention.clear()
+        self.tokens.zero_()
+        return self.quantize(weighting)
 
     def outputs(self, layer: DecoderLayer, weighting: Weighting, side: str, into: str) -> None:
         """Write the quantized layer's outputs of one side (``"train"`` or ``"heldout"``), DeepStack included, to ``{into}/{i}``."""
@@ -132,7 +141,7 @@ class LayerQuantizer:
                 middle = hidden + layer.linear(context, "self_attn.o_proj")
                 out = middle + layer.mlp(layer.moe_input(middle))
                 stream.store.put(f"fp.next/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
-                if stream is self._train:
+                if stream is self._train or self._parts.chooses_weighting:
                     scores = cross_modal_scores(probs, batch.types, batch.valid)
                     phi = fusion_weight(scores, batch.types, batch.valid, strength)
                     for name, value in (("phi", phi), ("context", context), ("middle", middle)):
@@ -173,14 +182,13 @@ class LayerQuantizer:
         """One group of projections; in `layer` the groups before it are quantized."""
         weight = attention_view.stacked_weight(self._layer, group)
         hessian = WeightedHessian(1, weight.shape[-1], cross=self._cross)
-        store = self._train.store
-        for batch in self._train.batches:
+        for store, batch in self._in_hessians():
             if group is self._groups[-1]:
                 x, reference = (store.get(f"layer.{name}/{batch.index}") for name in ("context.q", "context"))
             else:
                 x, reference = (attention_view.tap(side, store.get(f"{stream}/{batch.index}"), batch, group.name)
                                 for side, stream in ((layer, "q"), (self._layer, "fp")))
-            self._add_dense(hessian, x, reference, kind, batch)
+            self._add_dense(hessian, x, reference, kind, batch, store)
         settings = self._settings(bits, -1)
         if self._parts.align_routing and group is self._groups[-1] and isinstance(layer.spec.mlp, MoESpec):
             quantized = self._aligned(layer, group, weight, hessian, settings)
@@ -207,24 +215,29 @@ class LayerQuantizer:
         return routing_divergence(torch.cat(logits[0]), torch.cat(logits[1]), layer.spec.mlp.top_k)
 
     def _add_dense(
-        self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch
+        self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch, store: ActivationStore
     ) -> None:
         valid = batch.valid
-        rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
+        rho, phi = self._rho[batch.types][valid], store.get(f"layer.phi/{batch.index}")[valid]
         ones = torch.ones_like(rho)
         hessian.add(fake_quantize_per_token(x[valid]), torch.zeros(len(rho), dtype=torch.int64), combine(kind, rho, ones, phi),
                     reference=reference[valid] if self._cross else None)
 
-    def _moe_inputs(self, layer: DecoderLayer, middle: str) -> Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        """By batch of the search side: MLP inputs [T, d] of the quantized and of the floating-point model, without padding."""
-        for batch in self._train.batches:
-            x, reference = (layer.moe_input(self._train.store.get(f"{name}/{batch.index}")[batch.valid])
-                            for name in (middle, "layer.middle"))
-            yield batch, x, reference
+    def _in_hessians(self) -> Iterable[tuple[ActivationStore, Batch]]:
+        """Every batch that enters Hessians, with the store that holds its activations."""
+        return ((stream.store, batch) for stream in self._fitted for batch in stream.batches)
 
-    def _weights(self, weighting: Weighting, batch: Batch, routed: mlp_view.Routed) -> torch.Tensor:
+    def _moe_inputs(
+        self, layer: DecoderLayer, middle: str
+    ) -> Iterable[tuple[ActivationStore, Batch, torch.Tensor, torch.Tensor]]:
+        """By batch in the Hessians: MLP inputs [T, d] of the quantized and of the floating-point model, without padding."""
+        for store, batch in self._in_hessians():
+            x, reference = (layer.moe_input(store.get(f"{name}/{batch.index}")[batch.valid]) for name in (middle, "layer.middle"))
+            yield store, batch, x, reference
+
+    def _weights(self, weighting: Weighting, batch: Batch, store: ActivationStore, routed: mlp_view.Routed) -> torch.Tensor:
         valid = batch.valid
-        rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
+        rho, phi = self._rho[batch.types][valid], store.get(f"layer.phi/{batch.index}")[valid]
         return combine(weighting, rho[routed.token], routed.gate, phi[routed.token], self._config.gate_power,
                        mlp_view.probability(routed))
 

@@ -55,7 +55,7 @@ def with_quantized(layer: DecoderLayer, weights: dict[str, QTensor]) -> DecoderL
 def named_gate_up(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
     """A stacked gate-up weight under the layer's own names."""
     if isinstance(layer.spec.mlp, MoESpec):
-        return {"mlp.experts.gate_up_proj": weight}
+        return {"mlp.experts.gate_up_proj": weight.in_storage()}
     flat, half = unstack(weight), weight.shape[1] // 2
     return {"mlp.gate_proj.weight": flat.rows(0, half), "mlp.up_proj.weight": flat.rows(half, 2 * half)}
 
@@ -63,7 +63,7 @@ def named_gate_up(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
 def named_down(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
     """A stacked down weight under the layer's own name."""
     if isinstance(layer.spec.mlp, MoESpec):
-        return {"mlp.experts.down_proj": weight}
+        return {"mlp.experts.down_proj": weight.in_storage()}
     return {"mlp.down_proj.weight": unstack(weight)}
 
 

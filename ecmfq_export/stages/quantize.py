@@ -24,7 +24,7 @@ from ecmfq_export.quant.token_weights import Weighting
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
-from ecmfq_export.stages.judge import Judge
+from ecmfq_export.stages.judge import Judge, clearly_best
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
 from ecmfq_export.stages.methods import resolve, rounding_settings
 from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
@@ -171,11 +171,15 @@ class _Run:
             if last or len(wanted) > 1:
                 quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
         kl: dict[Weighting, float] = {}
+        best = wanted[0]
+        layer = candidates[best]
         if last or len(wanted) > 1:
             found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
-            kl = {weighting: found[f"out.{weighting}"] for weighting in wanted}
-        best = min(wanted, key=lambda weighting: kl[weighting]) if len(wanted) > 1 else wanted[0]
-        layer = candidates[best]
+            kl = {weighting: float(found[f"out.{weighting}"].mean()) for weighting in wanted}
+            best = clearly_best({weighting: found[f"out.{weighting}"] for weighting in wanted})
+        if len(wanted) > 1:
+            candidates.clear()
+            layer = quantizer.refit(best)
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
             for batch in stream.batches:

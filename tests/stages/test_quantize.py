@@ -1,5 +1,6 @@
 """Stage quantize: what comes out is closer than rounding, complete, reproducible, and survives being killed."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.progress import Silent
 from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.quant.rtn import quantize_rtn
+from ecmfq_export.stages.calibration import load_calibration
 from ecmfq_export.stages.quantize import quantize
 from tests.stages.common import SETTINGS, divergence, file_hashes
 from tests.tiny_models import make_qwen3_vl_moe
@@ -46,7 +48,7 @@ def test_result_reads_back_with_its_recipes_and_figures(quantized):
     assert model.recipe("lm_head.weight") == model.recipe("layers.0.mlp.router.weight") == "float"
     info = bundle.read_manifest(quantized, "quantize").info
     assert [entry["weighting"] in entry["kl"] and len(entry["kl"]) for entry in info["layers"]] == [4, 4]
-    assert info["heldout_kl"] == min(info["layers"][-1]["kl"].values())
+    assert info["heldout_kl"] == info["layers"][-1]["kl"][info["layers"][-1]["weighting"]]
     assert 0.25 < info["quantized_bytes"] / info["quantized_bytes_in_16_bits"] < 0.5
     assert not [name for name in file_hashes(quantized) if name.startswith(".")]
 
@@ -132,6 +134,24 @@ def test_recipes(tiny, calibrated, smoothed, fresh_pool, tmp_path, change):
     assert model.recipe("lm_head.weight") == ("w8a8" if "lm_head" in change else "float")
     assert divergence(tiny, out, fresh_pool) < 0.2
     assert list(bundle.read_manifest(out).info["layers"][-1]["kl"]) == [change["weighting"]]
+
+
+def test_held_out_samples_enter_the_hessians_once_the_weighting_is_chosen(tiny, calibrated, quantized):
+    """The tokens that the final Hessians saw are those of every selected sample, as with a single weighting, which keeps none out."""
+    log = json.loads((quantized / "quantization.json").read_text())
+    spec, samples = open_model(tiny).spec, load_calibration(calibrated)
+    total = sum(sample.length for sample in samples.samples)
+    assert any(samples.heldout)
+    assert all(sum(map(sum, entry["tokens"])) == total * spec.layers[0].mlp.top_k for entry in log)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(3, 3), (2, 1)])
+def test_fewer_bits_are_a_coarser_grid_in_the_same_format(tiny, calibrated, smoothed, tmp_path, bits, limit):
+    for method in ("ecmfq", "rtn"):
+        config = replace(SETTINGS, method=method, expert_bits=bits, weighting="method" if method == "rtn" else "none")
+        out = quantize(tiny, calibrated, smoothed, tmp_path / method, config, Silent())
+        q = open_model(out).qtensor("layers.1.mlp.experts.down_proj")
+        assert q.num_bits == 4 and int(q.qvalue.abs().max()) == limit
 
 
 def test_a_dense_layer_follows_the_attention_recipe(calibrated, fresh_pool, tmp_path):
