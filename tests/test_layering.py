@@ -22,7 +22,8 @@ OWN: dict[str, set[str]] = {
     "config": {"errors"},
     "target": {"errors"},
     "quant": {"errors"},
-    "bundle": {"errors", "config", "quant.qtensor"},
+    "file_hashes": set(),
+    "bundle": {"errors", "config", "file_hashes", "quant.qtensor"},
     # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
     "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
                "runtime.sample"},
@@ -43,6 +44,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "target": set(),
+    "file_hashes": set(),
     "bundle": {"safetensors", "numpy"},
     "console": {"rich"},
     "progress": {"rich"},
