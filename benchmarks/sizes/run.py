@@ -44,9 +44,9 @@ def make_pool(path: Path, size: int) -> Path:
 
 def tree_bytes(directory: Path) -> dict[str, int]:
     """Bytes of each part of a bundle."""
-    parts = [*sorted((directory / "stages").glob("*")), directory / "onnx", *sorted((directory / "engines").glob("*")), directory / "report"]
+    parts = [*(directory / "stages").glob("*"), directory / "onnx", *(directory / "engines").glob("*"), directory / "report"]
     return {part.relative_to(directory).as_posix(): sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
-            for part in parts if part.is_dir()}
+            for part in sorted(parts) if part.is_dir()}
 
 
 def run_one(layers: int, args: argparse.Namespace) -> dict[str, Any]:
