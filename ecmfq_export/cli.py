@@ -6,9 +6,11 @@ Exit codes: 0 success; 2 an error that the message tells how to fix (or a failed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,12 +202,19 @@ def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
     return build_config(QuantConfig, quant, source), build_config(ExportConfig, export, source)
 
 
-def _resources(args: argparse.Namespace) -> Resources:
+@contextlib.contextmanager
+def _resources(args: argparse.Namespace) -> Iterator[Resources]:
+    """Memory and device that were asked for, and the other processes, if torchrun started some."""
+    from ecmfq_export.stages.ranks import join_ranks, leave_ranks
     from ecmfq_export.stages.resources import Resources, check_device
 
     if not args.memory >= 0:
         raise UserError(f"--memory {args.memory}", "give gigabytes, 0 or more")
-    return Resources(int(args.memory * 1e9), check_device(args.device))
+    ranks, device = join_ranks(args.device)
+    try:
+        yield Resources(int(args.memory * 1e9), check_device(device), ranks)
+    finally:
+        leave_ranks(ranks)
 
 
 def _consoles() -> tuple[Any, Any]:
@@ -222,10 +231,11 @@ def _export(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import export
 
     quant, export_config = _configs(args)
-    resources = _resources(args)
     target = load_target(args.target)
     out, err = _consoles()
-    with RichProgress(err).running() as progress:
+    with _resources(args) as resources, RichProgress(err).running() as progress:
+        if not resources.ranks.first:
+            return _help_first_rank(args, quant, resources)
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
                         evaluation=args.evaluate, limit=args.limit, build=not args.no_build, resources=resources)
     print_report(report, out)
@@ -234,14 +244,27 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _help_first_rank(args: argparse.Namespace, quant: QuantConfig, resources: Resources) -> int:
+    """What every other rank does of 'quantize' and 'export': its share of the quantized checkpoint, saying nothing."""
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.progress import Silent
+    from ecmfq_export.workflow import Paths, quantize_model
+
+    if open_model(args.model).quantization is None:
+        quantized = args.output if args.run is _quantize else Paths(args.output).quantized
+        quantize_model(args.model, args.data, quantized, quant, Silent(), resources)
+    return 0
+
+
 def _quantize(args: argparse.Namespace) -> int:
     from ecmfq_export.console import RichProgress
     from ecmfq_export.workflow import quantize_model
 
     quant, _ = _configs(args)
-    resources = _resources(args)
     out, err = _consoles()
-    with RichProgress(err).running() as progress:
+    with _resources(args) as resources, RichProgress(err).running() as progress:
+        if not resources.ranks.first:
+            return _help_first_rank(args, quant, resources)
         path = quantize_model(args.model, args.data, args.output, quant, progress, resources)
     out.print(f"quantized checkpoint: {path}", soft_wrap=True)
     return 0

@@ -81,6 +81,7 @@ def quantize_model(
     """Rotate, calibrate, smooth and quantize into `out_dir`; the stages before lie beside it.
 
     What is rotated is quantized in its own basis: every later stage reads the rotated checkpoint, whose function is the original's.
+    Where several processes take part (``resources.ranks``), calibrate and quantize are shared out and rank 0 does the rest.
 
     Raises:
         UserError: the model is unsupported or damaged, calibration data are needed and missing, or too little disk is free.
@@ -102,13 +103,19 @@ def quantize_model(
     check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
     if parts.needs_data and data is None:
         raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
-    prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
-    disk_need.check_space(disk_need.quantize_needs(model, config, prompts, out_dir, resources.activation_bytes), out_dir)
+    ranks = resources.ranks
+
+    def check_disk() -> None:
+        prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
+        disk_need.check_space(disk_need.quantize_needs(model, config, prompts, out_dir, resources.activation_bytes), out_dir)
+
+    ranks.from_first(check_disk)
     with remembered(out_dir.with_name(HASHES)):
         if parts.rotate != "none":
             from ecmfq_export.stages.rotate import rotate
 
-            model_dir = rotate(model_dir, out_dir.with_name("rotated"), config, progress)
+            ranks.from_first(lambda: str(rotate(model_dir, out_dir.with_name("rotated"), config, progress)))
+            model_dir = out_dir.with_name("rotated")
         calibration = smoothing = None
         if parts.needs_data and data is not None:
             from ecmfq_export.stages.calibrate import calibrate
@@ -117,7 +124,8 @@ def quantize_model(
             if parts.smoothing != "none":
                 from ecmfq_export.stages.smooth import smooth
 
-                smoothing = smooth(model_dir, calibration, out_dir.with_name("smoothing"), config, progress, resources)
+                smoothing = out_dir.with_name("smoothing")
+                ranks.from_first(lambda: str(smooth(model_dir, calibration, smoothing, config, progress, resources)))
         return quantize(model_dir, calibration, smoothing, out_dir, config, progress, resources)
 
 

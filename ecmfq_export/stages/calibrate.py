@@ -23,6 +23,7 @@ from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.stages.calibration import LazySamples, save_calibration, split_heldout
 from ecmfq_export.stages.layer_states import LayerStates, Side, drop_states
 from ecmfq_export.stages.methods import calibration_settings, resolve
+from ecmfq_export.stages.ranks import Ranks
 from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.samples import PoolSample, load_pool, pool_fingerprint
 from ecmfq_export.stages.sensitivity import measure_gamma
@@ -49,10 +50,10 @@ def calibrate(
     Raises:
         UserError: unusable data or checkpoint, NaN on the way, or a full disk.
     """
-    pool = load_pool(data)
+    pool, ranks = load_pool(data), resources.ranks
     settings, parts = calibration_settings(config), resolve(config)
-    inputs = {"model": bundle.fingerprint(model_dir), "data": pool_fingerprint(data, pool)}
-    if bundle.is_current(out_dir, "calibrate", settings, inputs):
+    inputs = ranks.from_first(lambda: {"model": bundle.fingerprint(model_dir), "data": pool_fingerprint(data, pool)})
+    if ranks.from_first(lambda: bundle.is_current(out_dir, "calibrate", settings, inputs)):
         progress.note(f"{out_dir}: up to date")
         return out_dir
     model = open_model(model_dir)
@@ -61,14 +62,14 @@ def calibrate(
     if not model.spec.moe_layers:
         raise UnsupportedError(f"{model.path} has no mixture-of-experts layer", "this tool quantizes routed experts")
     processor = Processor(model_dir)
-    with bundle.write_stage(out_dir, "calibrate", settings, inputs, resume=True) as (work, info):
+    with ranks.write_stage(out_dir, "calibrate", settings, inputs) as (work, info):
         if parts.selection == "random":
             indices = macs.random_indices(len(pool), config.num_samples, config.seed)
             selection = macs.Selection(indices, 0, {})
         else:
             ids: list[np.ndarray] = []
             with ActivationStore(resources.activation_bytes, resources.scratch(work, "pool"), resources.device) as store:
-                batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store))
+                batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store, ranks=ranks))
                 wanted = ids if parts.selection == "balanced" else None
                 scores = score_pool(model, batches, len(pool), store, config.seed, progress, wanted, resources, work)
             top_k = max((spec.mlp.top_k for spec in model.spec.layers if isinstance(spec.mlp, MoESpec)), default=1)
@@ -83,8 +84,9 @@ def calibrate(
             gamma, measured = measure_gamma(model, searched, progress, resources, resources.scratch(work, "gradients"))
         report = {**selection.report, "pool": len(pool), "selected": len(chosen), "topped_up": selection.topped_up,
                   "heldout": sum(heldout), **measured}
-        drop_states(work)
-        save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
+        if ranks.first:
+            drop_states(work)
+            save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
         info.update(report, gamma=gamma)
     note = f"selected {len(chosen)} of {len(pool)} samples by '{parts.selection}', {sum(heldout)} held out"
     if selection.report:
@@ -111,6 +113,17 @@ class _Tally:
     attention: torch.Tensor
     features: torch.Tensor
 
+    def keep(self, samples: list[int]) -> None:
+        """Make every other sample's row zero: another rank has it."""
+        others = torch.ones(len(self.tokens), dtype=torch.bool)
+        others[samples] = False
+        for rows in vars(self).values():
+            rows[others] = 0
+
+    def whole(self, ranks: Ranks) -> _Tally:
+        """All ranks' rows."""
+        return self if ranks.size == 1 else _Tally(**{name: ranks.add_disjoint(rows) for name, rows in vars(self).items()})
+
 
 @torch.no_grad()
 def score_pool(
@@ -134,12 +147,13 @@ def score_pool(
     experts = num_experts.pop()
     tally = _Tally(torch.zeros(size, len(moe), experts, 2), torch.zeros(size, len(moe), experts, dtype=torch.int64),
                    torch.zeros(size), torch.zeros(size, FEATURES))
-    layers, start = model.spec.num_layers, 0
-    states = None if work is None else LayerStates(work, {"pool": Side(batches, store, ("hidden",))})
+    layers, start, ranks = model.spec.num_layers, 0, resources.ranks
+    states = None if work is None else LayerStates(work, {"pool": Side(batches, store, ("hidden",))}, ranks, shared=True)
     if states is not None:
         start, _, sums = states.restore(layers)
         if start:
             tally = _Tally(**sums)
+            tally.keep([sample for batch in batches for sample in batch.samples])
             progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
     for index in progress.track(range(start, layers), "score pool, layer by layer", layers - start):
         layer = load_layer(model, index).to(resources.device)
@@ -152,8 +166,9 @@ def score_pool(
         del layer  # before the next one is read
         if states is not None:
             # The last layer's outputs are what the likelihood of the text is read from.
-            states.save(index + 1, None, vars(tally), last=ids is None and index + 1 == layers)
-    likelihood = (None, None) if ids is None else _text_loss(model, batches, ids, store)
+            states.save(index + 1, None, vars(tally.whole(ranks)), last=ids is None and index + 1 == layers)
+    tally = tally.whole(ranks)
+    likelihood = (None, None) if ids is None else [ranks.add_disjoint(part) for part in _text_loss(model, batches, ids, store)]
     return macs.PoolScores(tally.mass, tally.tokens, tally.attention, tally.features, *likelihood)
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
+from ecmfq_export.stages.ranks import ALONE, Ranks
 from ecmfq_export.stages.streams import ActivationStore, Batch
 
 STATE = ".state"
@@ -35,10 +36,11 @@ class LayerStates:
     Args:
         work: the stage's working directory, kept from one run to the next.
         sides: by name, what is between two layers.
+        ranks: who writes. Where batches are shared out, every rank writes its own (`shared`), else rank 0 writes all.
     """
 
-    def __init__(self, work: Path, sides: Mapping[str, Side]) -> None:
-        self._work, self._sides = work, sides
+    def __init__(self, work: Path, sides: Mapping[str, Side], ranks: Ranks = ALONE, shared: bool = False) -> None:
+        self._work, self._sides, self._ranks, self._shared = work, sides, ranks, shared
 
     def save(self, next_layer: int, log: Any, tensors: Mapping[str, torch.Tensor] | None = None, last: bool = False) -> None:
         """Keep what layer `next_layer` starts from: written beside, synced and renamed, so that it is whole or not there.
@@ -49,12 +51,17 @@ class LayerStates:
             last: whether no layer follows, so that no activations are needed.
         """
         temporary = self._work / f"{STATE}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for name, side in self._sides.items() if not last else ():
+        if self._ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self._ranks.wait()
+        for name, side in self._sides.items() if not last and (self._shared or self._ranks.first) else ():
             for batch in side.batches:
                 rows = {stream: TensorToWrite.of(side.store.get(f"{stream}/{batch.index}").cpu()) for stream in side.names}
                 write_safetensors(temporary / f"{name}.{batch.index}.safetensors", rows)
+        self._ranks.wait()
+        if not self._ranks.first:
+            return
         if tensors is not None:
             write_safetensors(temporary / "results.safetensors", {name: TensorToWrite.of(t.contiguous()) for name, t in tensors.items()})
         bundle.write_json(temporary / "log.json", {"layer": next_layer, "last": last, "log": log})
@@ -68,6 +75,11 @@ class LayerStates:
 
     def restore(self, upto: int) -> tuple[int, Any, dict[str, torch.Tensor]]:
         """The layer to go on with, at most `upto`, with log and tensors; streams are moved there. 0 where nothing is kept."""
+        found = self._restore(upto)
+        self._ranks.wait()  # nobody replaces the state before everybody has read it
+        return found
+
+    def _restore(self, upto: int) -> tuple[int, Any, dict[str, torch.Tensor]]:
         for index in range(upto, 0, -1):
             state = self._work / f"{STATE}.{index}"
             if not (state / "log.json").is_file():
@@ -84,10 +96,6 @@ class LayerStates:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}
             return index, kept["log"], tensors
         return 0, None, {}
-
-    def clear(self) -> None:
-        """Remove every state: the stage is done."""
-        drop_states(self._work)
 
 
 def drop_states(work: Path) -> None:

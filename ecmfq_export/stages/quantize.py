@@ -58,41 +58,46 @@ def quantize(
     parts = resolve(config)
     if parts.needs_data and calibration_dir is None:
         raise UserError(f"method '{config.method}' needs a calibration directory", "run calibrate first, or set method = 'rtn'")
-    settings = rounding_settings(config)
-    inputs = {"model": bundle.fingerprint(model_dir)}
+    settings, ranks = rounding_settings(config), resources.ranks
+    read = {"model": model_dir}
     if parts.needs_data and calibration_dir is not None:
-        inputs["calibration"] = bundle.fingerprint(calibration_dir)
-        if smoothing_dir is not None:
-            inputs["smoothing"] = bundle.fingerprint(smoothing_dir)
-    if bundle.is_current(out_dir, "quantize", settings, inputs):
+        read |= {"calibration": calibration_dir} | ({} if smoothing_dir is None else {"smoothing": smoothing_dir})
+    inputs = ranks.from_first(lambda: {name: bundle.fingerprint(path) for name, path in read.items()})
+    if ranks.from_first(lambda: bundle.is_current(out_dir, "quantize", settings, inputs)):
         progress.note(f"{out_dir}: up to date")
         return out_dir
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
-    with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
+    with ranks.write_stage(out_dir, "quantize", settings, inputs) as (work, info):
         info["method"] = config.method
         writer = QuantizedWriter(work, model, rotated_down=parts.rotate == "residual_online")
         if parts.needs_data and calibration_dir is not None:
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
-            if smoothing_dir is not None:
+            if smoothing_dir is not None and ranks.first:
                 shutil.copyfile(smoothing_dir / SCALES, work / SMOOTHING)
             _Run(model, load_calibration(calibration_dir), scales, config, writer, progress, resources).run(info)
-        else:
+        elif ranks.first:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
                     layer = _prepared(model, index, LayerScales(), config)
                     layer = rtn_layer(layer, config, "mse" if parts.clip == "mse" else "absmax")
                     writer.write_layer(index, layer.quantized)
                     del layer
-        rest: dict[str, torch.Tensor | QTensor] = {}
-        if config.lm_head == "w8a8":
-            rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="absmax" if parts.clip == "absmax" else "mse")
-        quantized = writer.finish(rest)
-        drop_states(work)
-        info.update(layer_bytes(quantized))
+        if ranks.first:
+            info.update(_finish(model, writer, config))
+            drop_states(work)
     return out_dir
+
+
+def _finish(model: MoEVLM, writer: QuantizedWriter, config: QuantConfig) -> dict[str, int]:
+    """Write what is in no layer, and count bytes."""
+    rest: dict[str, torch.Tensor | QTensor] = {}
+    if config.lm_head == "w8a8":
+        clip: Clip = "absmax" if resolve(config).clip == "absmax" else "mse"
+        rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip=clip)
+    return layer_bytes(writer.finish(rest))
 
 
 def _prepared(model: MoEVLM, index: int, scales: LayerScales, config: QuantConfig) -> DecoderLayer:
@@ -139,7 +144,7 @@ class _Run:
             judge = Judge(self._model, samples, heldout.batches, heldout.store)
             rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0], device=resources.device)
             states = LayerStates(work, {name: Side(stream.batches, stream.store, ("fp", "q"))
-                                        for name, stream in (("train", train), ("heldout", heldout))})
+                                        for name, stream in (("train", train), ("heldout", heldout))}, resources.ranks)
             written = next((index for index in range(layers) if not self._writer.has_layer(index)), layers)
             start, log, _ = states.restore(written)
             if log is None and written == layers and (work / LAYERS).is_file():  # stopped while the result was hashed
@@ -150,13 +155,15 @@ class _Run:
             for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
                 with resources.math():
                     layer, entry = self._layer(index, train, heldout, judge, rho)
-                self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
+                if resources.ranks.first:
+                    self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
                 del layer
                 for stream in (train, heldout):
                     drop_deepstack(index, stream.batches, stream.store)
                 log.append(entry)
                 states.save(index + 1, log, last=index + 1 == layers)
-        bundle.write_json(self._writer.work_dir / LAYERS, log)
+        if resources.ranks.first:
+            bundle.write_json(work / LAYERS, log)
         brief = [{key: entry[key] for key in ("layer", "weighting", "kl")} for entry in log]
         info.update(layers=brief, heldout_kl=log[-1]["kl"][log[-1]["weighting"]], rho_text=float(rho[0]), heldout_samples=len(samples),
                     heldout_is_calibration=not self._parts.chooses_weighting)
