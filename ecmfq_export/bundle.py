@@ -19,10 +19,10 @@ from typing import Any
 
 from ecmfq_export import __version__
 from ecmfq_export.errors import BundleError
+from ecmfq_export.file_hashes import active, sha256_file
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,19 @@ class Manifest:
     info: dict[str, Any]
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in chunks of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def fingerprint(path: Path) -> str:
-    """One hash for an input: a finished stage by its manifest, a file by its bytes, a directory by its files' names and bytes."""
+    """One hash for an input: a finished stage by its manifest, a file by its bytes, a directory by its files' names and bytes.
+
+    A large file that has not changed since its hash was taken is not read again (:mod:`ecmfq_export.file_hashes`).
+    """
+    hashes = active()
     if path.is_file():
-        return sha256_file(path)
+        return hashes.sha256(path)
     if (path / MANIFEST).is_file():
         return sha256_file(path / MANIFEST)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()}\0{hashes.sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -101,14 +96,16 @@ def write_stage(
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
         write_json(key_file, key)
+        (work / MANIFEST).unlink(missing_ok=True)  # of a run that was interrupted just before the end
         yield work, info
-        key_file.unlink()
-        files = {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        # The key stays until the result is in place: hashing a large stage takes long, and a kill must not cost the stage.
+        files = {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file() and p != key_file}
         _sync_tree(work)
         write_json(work / MANIFEST, _manifest_json(stage, config, inputs, files, info))
         if out_dir.exists():
             shutil.rmtree(out_dir)
         work.rename(out_dir)
+        (out_dir / key_file.name).unlink()
         _sync_path(out_dir.parent)
     except OSError as error:
         # Only what a write can meet; a missing input, say, is somebody else's error and keeps its own words.

@@ -6,9 +6,11 @@ Exit codes: 0 success; 2 an error that the message tells how to fix (or a failed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from ecmfq_export.errors import UserError
 
 if TYPE_CHECKING:
     from ecmfq_export.config import ExportConfig, QuantConfig
+    from ecmfq_export.stages.resources import Resources
 
 _DESCRIPTION = """\
 Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint to a W4A8 TensorRT engine.
@@ -30,7 +33,7 @@ examples:
   ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --no-build
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
 
-A run that was stopped continues where it was: finished stages, and finished decoder layers of 'quantize', are kept.
+A run that was stopped continues where it was: finished stages, and finished decoder layers of 'rotate' and 'quantize', are kept.
 """
 
 
@@ -180,6 +183,9 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
                      help=f"one of {', '.join(typing.get_args(Method))} (default ecmfq; rtn needs no data; docs/method.md tells what "
                      "each does, and --set puts another part in the place of the method's)")
     sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
+    sub.add_argument("--memory", type=float, default=1.0, metavar="GB",
+                     help="for activations between layers; what is more lies on disk beside the output (default 1; docs/sizes.md)")
+    sub.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda or cuda:N")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                      help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
 
@@ -194,6 +200,21 @@ def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
     export |= {key: value for key in ("max_seq_len", "max_batch") if (value := getattr(args, key, None)) is not None}
     source = str(args.config or "settings")
     return build_config(QuantConfig, quant, source), build_config(ExportConfig, export, source)
+
+
+@contextlib.contextmanager
+def _resources(args: argparse.Namespace) -> Iterator[Resources]:
+    """Memory and device that were asked for, and the other processes, if torchrun started some."""
+    from ecmfq_export.stages.ranks import join_ranks, leave_ranks
+    from ecmfq_export.stages.resources import Resources, check_device
+
+    if not args.memory >= 0:
+        raise UserError(f"--memory {args.memory}", "give gigabytes, 0 or more")
+    ranks, device = join_ranks(args.device)
+    try:
+        yield Resources(int(args.memory * 1e9), check_device(device), ranks)
+    finally:
+        leave_ranks(ranks)
 
 
 def _consoles() -> tuple[Any, Any]:
@@ -212,12 +233,26 @@ def _export(args: argparse.Namespace) -> int:
     quant, export_config = _configs(args)
     target = load_target(args.target)
     out, err = _consoles()
-    with RichProgress(err).running() as progress:
+    with _resources(args) as resources, RichProgress(err).running() as progress:
+        if not resources.ranks.first:
+            return _help_first_rank(args, quant, resources)
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
-                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build)
+                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build, resources=resources)
     print_report(report, out)
     out.print(f"bundle: {args.output}", soft_wrap=True)
     require_passed(report)
+    return 0
+
+
+def _help_first_rank(args: argparse.Namespace, quant: QuantConfig, resources: Resources) -> int:
+    """What every other rank does of 'quantize' and 'export': its share of the quantized checkpoint, saying nothing."""
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.progress import Silent
+    from ecmfq_export.workflow import Paths, quantize_model
+
+    if open_model(args.model).quantization is None:
+        quantized = args.output if args.run is _quantize else Paths(args.output).quantized
+        quantize_model(args.model, args.data, quantized, quant, Silent(), resources)
     return 0
 
 
@@ -227,8 +262,10 @@ def _quantize(args: argparse.Namespace) -> int:
 
     quant, _ = _configs(args)
     out, err = _consoles()
-    with RichProgress(err).running() as progress:
-        path = quantize_model(args.model, args.data, args.output, quant, progress)
+    with _resources(args) as resources, RichProgress(err).running() as progress:
+        if not resources.ranks.first:
+            return _help_first_rank(args, quant, resources)
+        path = quantize_model(args.model, args.data, args.output, quant, progress, resources)
     out.print(f"quantized checkpoint: {path}", soft_wrap=True)
     return 0
 

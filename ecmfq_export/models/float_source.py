@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ecmfq_export.errors import CheckpointError
-from ecmfq_export.models.checkpoint import Checkpoint
+from ecmfq_export.models.checkpoint import Checkpoint, preview
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,7 +36,7 @@ class FloatSource:
         if not self.transposed:
             return checkpoint.load(self.name)
         # Expert by expert, so that the two layouts are not in memory together.
-        tensor = torch.empty(self.shape, dtype=checkpoint.dtype(self.name))
+        tensor = torch.empty(self.shape, dtype=checkpoint.dtype(self.name), device="cpu")
         for expert, matrix in enumerate(tensor):
             matrix.copy_(checkpoint.load_rows(self.name, expert, expert + 1)[0].t())
         return tensor
@@ -101,7 +101,7 @@ class ExpertsSource:
 
     def load_rows(self, checkpoint: Checkpoint, start: int, stop: int) -> torch.Tensor:
         """Experts `start` to `stop`, reading what belongs to them only."""
-        tensor = torch.empty(stop - start, *self.shape[1:], dtype=checkpoint.dtype(self.name))
+        tensor = torch.empty(stop - start, *self.shape[1:], dtype=checkpoint.dtype(self.name), device="cpu")
         for part, first, last in self._overlapping(start, stop):
             if len(part.shape) == 3:
                 values = checkpoint.load_rows(part.name, first - part.expert, last - part.expert)
@@ -135,6 +135,26 @@ class ExpertsSource:
             first, last = max(start, part.expert), min(stop, part.expert + part.num_experts)
             if first < last:
                 yield part, first, last
+
+
+def check_one_half_type(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """The 16-bit floating tensors among `names` on disk must all be float16 or all bfloat16: a damaged header or a shard of another
+    checkpoint would pass every check of sizes, and its values mean something else.
+
+    Raises:
+        CheckpointError: both are there; naming tensors of the rarer type.
+    """
+    halves: dict[torch.dtype, list[str]] = {}
+    for name in names:
+        if checkpoint.dtype(name) in (torch.float16, torch.bfloat16):
+            halves.setdefault(checkpoint.dtype(name), []).append(name)
+    if len(halves) > 1:
+        (few, rare), (many, usual) = sorted(halves.items(), key=lambda item: len(item[1]))
+        file = checkpoint.entry(rare[0]).file.name
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(rare)} tensors are {few} ({preview(sorted(rare))}, in {file}) and {len(usual)} are {many}",
+            "a header is damaged or a shard belongs to another checkpoint; download it again, or save the model in one dtype",
+        )
 
 
 def check_source(checkpoint: Checkpoint, source: FloatSource | ExpertsSource) -> None:

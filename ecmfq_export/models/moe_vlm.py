@@ -10,7 +10,7 @@ import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models.checkpoint import Checkpoint, preview
-from ecmfq_export.models.float_source import ExpertsSource, FloatSource, check_source
+from ecmfq_export.models.float_source import ExpertsSource, FloatSource, check_one_half_type, check_source
 from ecmfq_export.models.quantized_reader import QuantizationInfo, QuantizedSource, read_quantization
 from ecmfq_export.models.registry import Family, family_of, read_config
 from ecmfq_export.models.spec import DecoderLayerSpec, GqaSpec, MlaSpec, ModelSpec, MoESpec
@@ -55,6 +55,7 @@ def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
             source.check(checkpoint)
         else:
             check_source(checkpoint, source)
+    check_one_half_type(checkpoint, [disk for s in sources.values() if not isinstance(s, QuantizedSource) for disk in s.disk_shapes()])
     return MoEVLM(path, config, family, spec, checkpoint, shapes, sources, quantization)
 
 

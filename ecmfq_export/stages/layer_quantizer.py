@@ -107,9 +107,10 @@ class LayerQuantizer:
         errors["down"] = relative_error(down, quantized, hessian.matrix)
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
 
-    def refit(self, weighting: Weighting) -> DecoderLayer:
-        """As :meth:`quantize`, with the held-out samples in the Hessians too: once a choice has been judged on them they need not
+    def refit(self, weighting: Weighting, layer: DecoderLayer) -> DecoderLayer:
+        """As :meth:`quantize` of the same floating-point `layer`, which may have been dropped in between, with the held-out samples in the Hessians too: once a choice has been judged on them they need not
         be kept out, and a Hessian of more tokens is a better one."""
+        self._layer = layer
         self._fitted = (self._train, self._heldout)
         self._attention.clear()
         self.tokens.zero_()
@@ -122,6 +123,10 @@ class LayerQuantizer:
             middle = stream.store.get(f"{self._middle_name(weighting)}/{batch.index}")
             out = middle + layer.mlp(layer.moe_input(middle))
             stream.store.put(f"{into}/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
+
+    def drop_weights(self) -> None:
+        """Let go of the floating-point layer; nothing can be quantized any more, outputs can be asked for."""
+        del self._layer
 
     def release(self) -> None:
         """Drop everything that was kept for this layer alone."""
@@ -247,7 +252,7 @@ class LayerQuantizer:
         Experts have channels of their own there, so a sum over experts would mean nothing.
         """
         generator = torch.Generator().manual_seed(self._config.seed * 104729 + self._index)
-        chosen = x[torch.randperm(len(x), generator=generator)[:SPREAD_TOKENS]]
+        chosen = x[torch.randperm(len(x), generator=generator, device="cpu")[:SPREAD_TOKENS].to(x.device)]
         total = WeightedHessian(*own.matrix.shape[:2])
         for some in chosen.split(64):
             routed = mlp_view.route_everywhere(layer, some)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
-from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.qtensor import QTensor
@@ -26,13 +25,12 @@ from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
 from ecmfq_export.stages.judge import Judge, clearly_best
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
+from ecmfq_export.stages.layer_states import LayerStates, Side, drop_states
 from ecmfq_export.stages.methods import resolve, rounding_settings
 from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
+from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.smooth import SCALES, load_scales, text_rho
-from ecmfq_export.stages.streams import ActivationStore, prepare_batches
-
-STATE = ".state"
-"""Prefix of directories, inside the stage's working directory, with the activations that enter the next layer."""
+from ecmfq_export.stages.streams import ActivationStore, drop_deepstack, prepare_batches
 
 LAYERS, SMOOTHING = "quantization.json", "smoothing_scales.safetensors"
 """What was done to each layer (see :func:`quantize`), and the scales that were folded in, as stage smooth wrote them."""
@@ -40,7 +38,7 @@ LAYERS, SMOOTHING = "quantization.json", "smoothing_scales.safetensors"
 
 def quantize(
     model_dir: Path, calibration_dir: Path | None, smoothing_dir: Path | None, out_dir: Path, config: QuantConfig,
-    progress: Progress,
+    progress: Progress, resources: Resources = DEFAULT,
 ) -> Path:
     """Write the quantized checkpoint to `out_dir`; an interrupted run continues from its last finished layer.
 
@@ -60,45 +58,51 @@ def quantize(
     parts = resolve(config)
     if parts.needs_data and calibration_dir is None:
         raise UserError(f"method '{config.method}' needs a calibration directory", "run calibrate first, or set method = 'rtn'")
-    settings = rounding_settings(config)
-    inputs = {"model": bundle.fingerprint(model_dir)}
+    settings, ranks = rounding_settings(config), resources.ranks
+    read = {"model": model_dir}
     if parts.needs_data and calibration_dir is not None:
-        inputs["calibration"] = bundle.fingerprint(calibration_dir)
-        if smoothing_dir is not None:
-            inputs["smoothing"] = bundle.fingerprint(smoothing_dir)
-    if bundle.is_current(out_dir, "quantize", settings, inputs):
+        read |= {"calibration": calibration_dir} | ({} if smoothing_dir is None else {"smoothing": smoothing_dir})
+    inputs = ranks.from_first(lambda: {name: bundle.fingerprint(path) for name, path in read.items()})
+    if ranks.from_first(lambda: bundle.is_current(out_dir, "quantize", settings, inputs)):
         progress.note(f"{out_dir}: up to date")
         return out_dir
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
-    with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
+    with ranks.write_stage(out_dir, "quantize", settings, inputs) as (work, info):
         info["method"] = config.method
         writer = QuantizedWriter(work, model, rotated_down=parts.rotate == "residual_online")
         if parts.needs_data and calibration_dir is not None:
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
-            if smoothing_dir is not None:
+            if smoothing_dir is not None and ranks.first:
                 shutil.copyfile(smoothing_dir / SCALES, work / SMOOTHING)
-            _Run(model, load_calibration(calibration_dir), scales, config, writer, progress).run(info)
-        else:
+            _Run(model, load_calibration(calibration_dir), scales, config, writer, progress, resources).run(info)
+        elif ranks.first:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
                     layer = _prepared(model, index, LayerScales(), config)
                     layer = rtn_layer(layer, config, "mse" if parts.clip == "mse" else "absmax")
                     writer.write_layer(index, layer.quantized)
-        rest: dict[str, torch.Tensor | QTensor] = {}
-        if config.lm_head == "w8a8":
-            rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="absmax" if parts.clip == "absmax" else "mse")
-        quantized = writer.finish(rest)
-        _drop_states(work)
-        info.update(layer_bytes(quantized))
+                    del layer
+        if ranks.first:
+            info.update(_finish(model, writer, config))
+            drop_states(work)
     return out_dir
+
+
+def _finish(model: MoEVLM, writer: QuantizedWriter, config: QuantConfig) -> dict[str, int]:
+    """Write what is in no layer, and count bytes."""
+    rest: dict[str, torch.Tensor | QTensor] = {}
+    if config.lm_head == "w8a8":
+        clip: Clip = "absmax" if resolve(config).clip == "absmax" else "mse"
+        rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip=clip)
+    return layer_bytes(writer.finish(rest))
 
 
 def _prepared(model: MoEVLM, index: int, scales: LayerScales, config: QuantConfig) -> DecoderLayer:
     """The floating-point layer as it is to be quantized: scales folded in, a quantized down projection's inputs rotated if asked."""
-    layer = fold_layer(load_layer(model, index), scales)
+    layer = fold_layer(load_layer(model, index), scales, consume=True)
     return rotate_down(layer) if resolve(config).rotate == "residual_online" and mlp_bits(layer.spec, config) is not None else layer
 
 
@@ -123,27 +127,43 @@ class _Run:
 
     def __init__(
         self, model: MoEVLM, calibration: Calibration, scales: dict[int, LayerScales], config: QuantConfig,
-        writer: QuantizedWriter, progress: Progress,
+        writer: QuantizedWriter, progress: Progress, resources: Resources,
     ) -> None:
         self._model, self._calibration, self._scales, self._config = model, calibration, scales, config
-        self._writer, self._progress = writer, progress
+        self._writer, self._progress, self._resources = writer, progress, resources
         self._parts = resolve(config)
 
     @torch.no_grad()
     def run(self, info: dict[str, Any]) -> None:
-        layers = self._model.spec.num_layers
-        with ActivationStore() as train_store, ActivationStore() as heldout_store:
+        layers, resources, work = self._model.spec.num_layers, self._resources, self._writer.work_dir
+        limit = resources.activation_bytes // 2
+        with (ActivationStore(limit, resources.scratch(work, "train"), resources.device) as train_store,
+              ActivationStore(limit, resources.scratch(work, "heldout"), resources.device) as heldout_store):
             train, heldout = (self._prepare(store, held) for store, held in ((train_store, False), (heldout_store, True)))
-            samples = [s for s, h in zip(self._calibration.samples, self._calibration.heldout, strict=True) if h]
+            samples = self._calibration.samples.choose(self._calibration.heldout)
             judge = Judge(self._model, samples, heldout.batches, heldout.store)
-            rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0])
-            start, log = self._restore({"train": train, "heldout": heldout})
+            rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0], device=resources.device)
+            states = LayerStates(work, {name: Side(stream.batches, stream.store, ("fp", "q"))
+                                        for name, stream in (("train", train), ("heldout", heldout))}, resources.ranks)
+            written = next((index for index in range(layers) if not self._writer.has_layer(index)), layers)
+            start, log, _ = states.restore(written)
+            if log is None and written == layers and (work / LAYERS).is_file():  # stopped while the result was hashed
+                start, log = layers, json.loads((work / LAYERS).read_text(encoding="utf-8"))
+            log = log or []
             if start:
                 self._progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
             for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
-                log.append(self._layer(index, train, heldout, judge, rho))
-                self._save({"train": train, "heldout": heldout}, index + 1, log)
-        bundle.write_json(self._writer.work_dir / LAYERS, log)
+                with resources.math():
+                    layer, entry = self._layer(index, train, heldout, judge, rho)
+                if resources.ranks.first:
+                    self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
+                del layer
+                for stream in (train, heldout):
+                    drop_deepstack(index, stream.batches, stream.store)
+                log.append(entry)
+                states.save(index + 1, log, last=index + 1 == layers)
+        if resources.ranks.first:
+            bundle.write_json(work / LAYERS, log)
         brief = [{key: entry[key] for key in ("layer", "weighting", "kl")} for entry in log]
         info.update(layers=brief, heldout_kl=log[-1]["kl"][log[-1]["weighting"]], rho_text=float(rho[0]), heldout_samples=len(samples),
                     heldout_is_calibration=not self._parts.chooses_weighting)
@@ -153,79 +173,54 @@ class _Run:
     def _prepare(self, store: ActivationStore, held: bool) -> Stream:
         """One side's streams. Held-out samples are calibrated on too where no choice is judged on them."""
         kept = held or self._parts.chooses_weighting
-        samples = zip(self._calibration.samples, self._calibration.heldout, strict=True)
-        batches = list(prepare_batches(self._model, [s for s, h in samples if h == held or not kept], store, stream="fp"))
+        samples = self._calibration.samples.choose([h == held or not kept for h in self._calibration.heldout])
+        batches = list(prepare_batches(self._model, samples, store, stream="fp"))
         for batch in batches:
             store.put(f"q/{batch.index}", store.get(f"fp/{batch.index}"))
         return Stream(batches, store)
 
-    def _layer(self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor) -> dict[str, Any]:
-        """Quantize one layer, keep the best weighting, write it, and move both streams behind it; the layer's log entry."""
-        folded = _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config)
+    def _folded(self, index: int) -> DecoderLayer:
+        """The floating-point layer on the device, scales folded in."""
+        return _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config).to(self._resources.device)
+
+    def _layer(
+        self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor
+    ) -> tuple[DecoderLayer, dict[str, Any]]:
+        """Quantize one layer, keep the best weighting, and move both streams behind it; the layer in host memory and its log entry."""
+        folded = self._folded(index)
         quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
         wanted = self._parts.weightings
-        last = index + 1 == self._model.spec.num_layers
-        candidates: dict[Weighting, DecoderLayer] = {}
-        for weighting in wanted:
-            candidates[weighting] = quantizer.quantize(weighting)
-            if last or len(wanted) > 1:
-                quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
+        judged = len(wanted) > 1 or index + 1 == self._model.spec.num_layers
+        candidates: dict[Weighting, DecoderLayer] = {weighting: quantizer.quantize(weighting) for weighting in wanted}
+        # From here on the quantized layers do the work: neither the floating-point experts nor more than one layer's widened
+        # integers are in memory, with the layers that the judge reads.
+        quantizer.drop_weights()
+        del folded
+        for weighting, candidate in candidates.items() if judged else ():
+            quantizer.outputs(candidate, weighting, "heldout", f"out.{weighting}")
+            candidate.drop_integers()
         kl: dict[Weighting, float] = {}
         best = wanted[0]
-        layer = candidates[best]
-        if last or len(wanted) > 1:
+        if judged:
             found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
             kl = {weighting: float(found[f"out.{weighting}"].mean()) for weighting in wanted}
             best = clearly_best({weighting: found[f"out.{weighting}"] for weighting in wanted})
+        layer = candidates.pop(best)
+        candidates.clear()
         if len(wanted) > 1:
-            candidates.clear()
-            layer = quantizer.refit(best)
+            # Read once more: it was not in memory beside the layers that the judge read.
+            layer = quantizer.refit(best, self._folded(index))
+            quantizer.drop_weights()
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
             for batch in stream.batches:
                 for name in ("fp", "q"):
-                    stream.store.put(f"{name}/{batch.index}", stream.store.get(f"{name}.next/{batch.index}"))
-                    stream.store.drop(f"{name}.next/{batch.index}")
+                    stream.store.move(f"{name}.next/{batch.index}", f"{name}/{batch.index}")
         quantizer.release()
-        self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
         errors = {group: error.tolist() for group, error in quantizer.errors[best].items()}
-        return {"layer": index, "weighting": best, "kl": kl, "errors": errors, "tokens": quantizer.tokens.tolist()}
-
-    def _save(self, streams: dict[str, Stream], next_layer: int, log: list[dict[str, Any]]) -> None:
-        """Keep what the next layer starts from: written beside, synced and renamed, so that it is whole or not there."""
-        work = self._writer.work_dir
-        temporary = work / f"{STATE}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        if next_layer < self._model.spec.num_layers:
-            for side, stream in streams.items():
-                for batch in stream.batches:
-                    rows = {name: TensorToWrite.of(stream.store.get(f"{name}/{batch.index}")) for name in ("fp", "q")}
-                    write_safetensors(temporary / f"{side}.{batch.index}.safetensors", rows)
-        bundle.write_json(temporary / "log.json", log)
-        # The new state is in place before the old one goes, so that a kill in between loses nothing.
-        temporary.rename(work / f"{STATE}.{next_layer}")
-        shutil.rmtree(work / f"{STATE}.{next_layer - 1}", ignore_errors=True)
-
-    def _restore(self, streams: dict[str, Stream]) -> tuple[int, list[dict[str, Any]]]:
-        """The layer to go on with, and the log of those before it; streams are moved there."""
-        layers = self._model.spec.num_layers
-        for index in range(layers, 0, -1):
-            state = self._writer.work_dir / f"{STATE}.{index}"
-            if not state.is_dir() or not all(self._writer.has_layer(i) for i in range(index)):
-                continue
-            for side, stream in streams.items() if index < layers else ():
-                for batch in stream.batches:
-                    with safe_open(state / f"{side}.{batch.index}.safetensors", framework="pt") as file:
-                        for name in ("fp", "q"):
-                            stream.store.put(f"{name}/{batch.index}", file.get_tensor(name))
-            return index, json.loads((state / "log.json").read_text(encoding="utf-8"))
-        return 0, []
-
-
-def _drop_states(work: Path) -> None:
-    for state in work.glob(f"{STATE}.*"):
-        shutil.rmtree(state)
+        entry = {"layer": index, "weighting": best, "kl": kl, "errors": errors, "tokens": quantizer.tokens.tolist()}
+        layer.drop_integers()
+        return layer.to("cpu"), entry
 
 
 def layer_bytes(model: MoEVLM) -> dict[str, int]:
@@ -234,8 +229,11 @@ def layer_bytes(model: MoEVLM) -> dict[str, int]:
     for name in model.names():
         if model.recipe(name) == "float":
             continue
-        weight = model.qtensor(name)
-        taken += weight.qvalue.numel() * weight.num_bits // 8 + weight.scale.numel() * 2
-        taken += 0 if weight.group_multiplier is None else weight.group_multiplier.numel()
-        full += weight.qvalue.numel() * 2
+        shape = model.shape(name)
+        # One expert tells of all of them what the scales look like.
+        weight = model.qtensor(name, 0, 1) if len(shape) == 3 else model.qtensor(name)
+        count, share = math.prod(shape), math.prod(shape) // weight.qvalue.numel()
+        taken += count * weight.num_bits // 8 + share * weight.scale.numel() * 2
+        taken += 0 if weight.group_multiplier is None else share * weight.group_multiplier.numel()
+        full += count * 2
     return {"quantized_bytes": taken, "quantized_bytes_in_16_bits": full}
