@@ -95,6 +95,7 @@ def test_two_ranks_give_the_bytes_of_one(change: dict, tiny, pool, tmp_path, sma
     assert not list((tmp_path / "two").rglob(".activations*"))
 
 
+@pytest.mark.slow
 def test_killed_ranks_are_continued_by_one_and_the_other_way_round(tiny, pool, tmp_path, small_batches) -> None:
     run(tiny, pool, tmp_path / "whole", QUICK)
     for number, (before, after) in enumerate(((2, 1), (1, 2))):
