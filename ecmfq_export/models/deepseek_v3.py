@@ -41,7 +41,7 @@ def read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec,
     text.expect("topk_method", "noaux_tc", None, why="transformers' class always adds the selection bias")
     text.expect("moe_layer_freq", 1, None, why="transformers' class routes every layer after the dense ones")
     attention = _read_attention(text)
-    moe = _read_moe(text, hidden_size)
+    moe = read_moe(text, hidden_size)
     dense = DenseMlpSpec(hidden_size, text.whole("intermediate_size"))
     num_layers, num_dense = text.whole("num_hidden_layers", maximum=MAX_LAYERS), text.whole("first_k_dense_replace", 0)
     return tuple(DecoderLayerSpec(i, attention, dense if i < num_dense else moe) for i in range(num_layers))
@@ -66,7 +66,8 @@ def _read_attention(text: ConfigFields) -> MlaSpec:
     return spec
 
 
-def _read_moe(text: ConfigFields, hidden_size: int) -> MoESpec:
+def read_moe(text: ConfigFields, hidden_size: int) -> MoESpec:
+    """Routed and shared experts behind DeepSeek-V3's router; errors as :func:`read_layers`."""
     num_experts, top_k = text.whole("n_routed_experts"), text.whole("num_experts_per_tok")
     groups, top_groups = text.whole("n_group"), text.whole("topk_group")
     if num_experts % groups or top_groups > groups or top_k > top_groups * (num_experts // groups):

@@ -135,7 +135,8 @@ def _read_layers(text: ConfigFields, hidden_size: int, renormalize: bool) -> tup
             f"config.json: num_attention_heads = {num_heads} of head_dim = {head_dim}, num_key_value_heads = {num_kv_heads}",
             "query heads must be a multiple of key/value heads, head_dim even",
         )
-    attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=text.flag("attention_bias"))
+    bias = text.flag("attention_bias")
+    attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=bias, output_bias=bias)
     num_experts, top_k = text.whole("num_experts"), text.whole("num_experts_per_tok")
     if top_k > num_experts:
         raise CheckpointError(f"config.json: num_experts_per_tok = {top_k} of num_experts = {num_experts}")
