@@ -61,7 +61,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     model = open_model(path)
     recipes = Counter(model.recipe(name) for name in model.names())
     return {"kind": "checkpoint", "path": str(path), "spec": dataclasses.asdict(model.spec), "tensors": len(model.names()),
-            "recipes": dict(recipes), "quantized": model.quantization is not None}
+            "recipes": dict(recipes), "quantized": model.quantization is not None, "not run": model.unused_parts()}
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:

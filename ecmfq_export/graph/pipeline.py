@@ -75,6 +75,8 @@ def export_onnx(
     """
     model = open_model(model_dir)
     require_plain_inputs(model)
+    if model.unused:
+        progress.note(model.unused_note("not exported"))
     dtype = dtype or target.dtype
     sizes = resolve_sizes(model, target, config)
     settings = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,14 +49,15 @@ def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
                 checkpoint, family.disk_name(name), shape, expert_layout)
         else:
             sources[name] = FloatSource(family.disk_name(name), shape)
-    _check_complete(checkpoint, sources, spec.tie_word_embeddings)
+    unused = {name: part for name in checkpoint.names() for part in family.unused if name.startswith(part)}
+    _check_complete(checkpoint, sources, unused, spec.tie_word_embeddings)
     for source in sources.values():
         if isinstance(source, QuantizedSource):
             source.check(checkpoint)
         else:
             check_source(checkpoint, source)
     check_one_half_type(checkpoint, [disk for s in sources.values() if not isinstance(s, QuantizedSource) for disk in s.disk_shapes()])
-    return MoEVLM(path, config, family, spec, checkpoint, shapes, sources, quantization)
+    return MoEVLM(path, config, family, spec, checkpoint, shapes, sources, quantization, tuple(unused))
 
 
 class MoEVLM:
@@ -69,6 +70,7 @@ class MoEVLM:
         spec: what it is made of.
         checkpoint: its files.
         quantization: None for a floating-point checkpoint.
+        unused: tensors on disk that text and images do not need (``Family.unused``), which nothing here reads.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class MoEVLM:
         shapes: Mapping[str, tuple[int, ...]],
         sources: Mapping[str, Source],
         quantization: QuantizationInfo | None,
+        unused: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.config = config
@@ -88,6 +91,7 @@ class MoEVLM:
         self.spec = spec
         self.checkpoint = checkpoint
         self.quantization = quantization
+        self.unused = unused
         self._shapes = shapes
         self._sources = sources
 
@@ -97,6 +101,21 @@ class MoEVLM:
 
     def has(self, name: str) -> bool:
         return name in self._shapes
+
+    def unused_parts(self) -> dict[str, str]:
+        """What of the checkpoint is not run, by prefix of its names: what it is for, and how much it is; empty where all of it is run."""
+        parts: dict[str, str] = {}
+        for prefix, purpose in self.family.unused.items():
+            names = [name for name in self.unused if name.startswith(prefix)]
+            if names:
+                size = sum(self.checkpoint.entry(name).num_bytes for name in names)
+                parts[f"{prefix}*"] = f"{purpose}: {len(names)} tensors, {size / 1e6:.1f} MB"
+        return parts
+
+    def unused_note(self, what: str) -> str:
+        """A line that names :meth:`unused_parts` and says `what` happens to them; empty where all is run."""
+        parts = "; ".join(f"{prefix} ({purpose})" for prefix, purpose in self.unused_parts().items())
+        return f"text and images do not need {parts}: {what}" if parts else ""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in the memory layout of spec.py, quantized or not."""
@@ -161,7 +180,8 @@ class MoEVLM:
     def vision_module(self) -> torch.nn.Module:
         """transformers' own vision tower with its weights, float32, in eval mode.
 
-        ``module(patches, grid_thw=...)`` gives ``pooler_output`` [merged patches, hidden_size] and ``deepstack_features``.
+        ``module(patches, grid_thw=...)`` gives ``pooler_output`` [merged patches, hidden_size] and, where the tower has some,
+        ``deepstack_features``.
         """
         module = self.family.build_vision(self.config)
         state = {name.removeprefix("vision."): self.tensor(name).float() for name in self._shapes if name.startswith("vision.")}
@@ -211,7 +231,7 @@ def _gqa_shapes(spec: GqaSpec, hidden: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, rows, columns in (("q", query, hidden), ("k", key, hidden), ("v", key, hidden), ("o", hidden, query)):
         shapes[f"{name}_proj.weight"] = (rows, columns)
-        if spec.bias:
+        if spec.output_bias if name == "o" else spec.bias:
             shapes[f"{name}_proj.bias"] = (rows,)
     if spec.qk_norm:
         shapes["q_norm.weight"] = shapes["k_norm.weight"] = (spec.head_dim,)
@@ -241,12 +261,12 @@ def _experts_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], l
     return FloatSource(name, shape, checkpoint.shape(name) == transposed)
 
 
-def _check_complete(checkpoint: Checkpoint, sources: Mapping[str, Source], tied: bool) -> None:
+def _check_complete(checkpoint: Checkpoint, sources: Mapping[str, Source], unused: Iterable[str], tied: bool) -> None:
     wanted: set[str] = set()
     for source in sources.values():
         wanted.update(source.disk_names() if isinstance(source, QuantizedSource) else source.disk_shapes())
     there = set(checkpoint.names())
-    missing, extra = sorted(wanted - there), sorted(there - wanted)
+    missing, extra = sorted(wanted - there), sorted(there - wanted - set(unused))
     if missing:
         hint = f"; {len(extra)} tensors are there that belong nowhere: {preview(extra)}" if extra else ""
         raise CheckpointError(

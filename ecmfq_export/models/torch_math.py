@@ -63,7 +63,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the rotate-half form: x [B, heads, S, head_dim], cos and sin [B, S, head_dim]."""
+    """Rotary embedding in the rotate-half form of the first channels: x [B, heads, S, head_dim], cos and sin [B, S, rotated]."""
+    if cos.shape[-1] < x.shape[-1]:
+        return torch.cat((rotate(x[..., : cos.shape[-1]], cos, sin), x[..., cos.shape[-1] :]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 

@@ -19,8 +19,10 @@ _INERT = (
     "image_processor_type", "processor_class", "default_to_square", "device", "disable_grouping", "input_data_format",
     "return_tensors", "data_format", "crop_size", "do_center_crop", "do_pad", "pad_size", "image_processor",
     "feature_extractor_type", "video_processor_type", "auto_map",
+    "chunk_length", "dither", "feature_size", "hop_length", "n_fft", "n_samples", "nb_max_frames", "padding_side", "padding_value",
+    "return_attention_mask", "sampling_rate",
 )  # fmt: skip
-"""Settings of any image processor that do not change what it does here."""
+"""Settings of any image processor that do not change what it does here, and those of an audio processor in the same file."""
 
 
 class Preprocessor(Protocol):
@@ -29,7 +31,7 @@ class Preprocessor(Protocol):
     Attributes:
         merge_size: patches along each side of a merged patch.
         image_token: the placeholder that stands for one merged patch in this kind's prompts.
-        reserved_tokens: placeholders that a text may not hold.
+        reserved_tokens: placeholders that a text may not hold where the tokenizer knows them.
     """
 
     merge_size: int
@@ -63,13 +65,13 @@ def load_preprocessor(directory: Path) -> Preprocessor:
     if kind is None and isinstance(config, dict) and isinstance(config.get("auto_map"), dict):
         # Files of models with remote code name the class there alone.
         kind = str(config["auto_map"].get("AutoImageProcessor")).rsplit(".", 1)[-1]
-    for loader in (QwenPreprocessor, NavitPreprocessor):
+    for loader in _LOADERS:
         if kind in loader.KINDS:
             unknown = sorted(set(config) - set(loader.SETTINGS) - set(_INERT))
             if unknown:
                 raise UnsupportedError(f"{path}: unknown settings {', '.join(unknown)}", "they could change what it does")
             return loader(config, path)
-    known = ", ".join((*QwenPreprocessor.KINDS, *NavitPreprocessor.KINDS))
+    known = ", ".join(name for loader in _LOADERS for name in loader.KINDS)
     raise UnsupportedError(f"{path}: image_processor_type {kind!r}", f"supported: {known}")
 
 
@@ -83,18 +85,22 @@ class QwenPreprocessor:
     )  # fmt: skip
 
     image_token = "<|image_pad|>"
-    reserved_tokens = ("<|image_pad|>", "<|video_pad|>")
+    reserved_tokens = ("<|image_pad|>", "<|video_pad|>", "<|audio_pad|>")
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
-        # The module itself, not transformers.AutoImageProcessor: that one insists on torchvision for the "Fast" name.
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
         settings = {key: config[key] for key in self.SETTINGS if config.get(key) is not None}
         try:
-            self._processor = Qwen2VLImageProcessorPil(**settings)
+            self._processor = self._build(settings)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from None
         self.merge_size = int(self._processor.merge_size)
+
+    @staticmethod
+    def _build(settings: dict[str, Any]) -> Any:
+        # The module itself, not transformers.AutoImageProcessor: that one insists on torchvision for the "Fast" name.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil(**settings)
 
     def __call__(self, images: list[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
         """As :class:`Preprocessor`; an image more than 200 times as long as it is wide is refused."""
@@ -109,6 +115,22 @@ class QwenPreprocessor:
             patches.append(result["pixel_values"].astype(np.float32, copy=False))
             grids.append(result["image_grid_thw"].astype(np.int64, copy=False))
         return np.concatenate(patches), np.concatenate(grids)
+
+
+class GlmPreprocessor(QwenPreprocessor):
+    """GLM-4.1V's image processor: Qwen2-VL's with other rules for the size."""
+
+    KINDS = ("Glm4vImageProcessor", "Glm4vImageProcessorFast", "Glm4vImageProcessorPil")
+    SETTINGS = tuple(name for name in QwenPreprocessor.SETTINGS if name not in ("min_pixels", "max_pixels"))
+
+    image_token = "<|image|>"
+    reserved_tokens = ("<|image|>", "<|video|>")
+
+    @staticmethod
+    def _build(settings: dict[str, Any]) -> Any:
+        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+        return Glm4vImageProcessorPil(**settings)
 
 
 class NavitPreprocessor:
@@ -187,3 +209,6 @@ class NavitPreprocessor:
         longest = self._max_side * self.patch_size
         scale = min(scale, longest / width, longest / height)
         return (min(longest, max(1, int(width * scale))), min(longest, max(1, int(height * scale))))
+
+
+_LOADERS = (QwenPreprocessor, GlmPreprocessor, NavitPreprocessor)

@@ -43,6 +43,8 @@ class Processor:
         self._images = load_preprocessor(self.directory)
         self.merge_size = self._images.merge_size
         self.image_token_id = self._special(self._images.image_token)
+        vocabulary = self.tokenizer.get_vocab()
+        self._reserved = tuple(token for token in self._images.reserved_tokens if token in vocabulary)
         self.eos_token_ids = self._read_eos()
 
     def sample(self, text: str, images: Sequence[ImageInput] = (), answer: str | None = None) -> ProcessedSample:
@@ -78,7 +80,7 @@ class Processor:
         Raises:
             UserError: a placeholder token in the text.
         """
-        for token in self._images.reserved_tokens:
+        for token in self._reserved:
             if token in text or (answer is not None and token in answer):
                 raise UserError(
                     f"the text contains the placeholder {token}", "give images separately; the template places them"

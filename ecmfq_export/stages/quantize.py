@@ -70,6 +70,8 @@ def quantize(
     if model.quantization is not None:
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
+    if model.unused:
+        progress.note(model.unused_note("copied unchanged into the quantized checkpoint"))
     with ranks.write_stage(out_dir, "quantize", settings, inputs) as (work, info):
         info["method"] = config.method
         writer = QuantizedWriter(work, model, rotated_down=parts.rotate == "residual_online")
