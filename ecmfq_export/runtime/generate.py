@@ -17,7 +17,6 @@ from ecmfq_export.runtime.images import ImageInput
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
 
-
 Stop = Literal["eos", "length", "context", "text", "cancelled"]
 
 
@@ -237,8 +236,8 @@ def pick(logits: np.ndarray, sampling: Sampling, draws: np.random.Generator) -> 
         )
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
+    with np.errstate(over="ignore"):  # a temperature next to zero leaves the largest logit alone
+        probabilities = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
     # Keep a token while the sum before it is below top_p: the fewest whose sum reaches it, never none.
