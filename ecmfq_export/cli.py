@@ -59,6 +59,18 @@ A reference must have been measured on the same data. Intervals of differences a
 questions or images. docs/evaluation.md explains every figure.
 """
 
+_SERVE_EXAMPLES = """\
+examples:
+  ecmfq-export serve ./bundle                                          # http://127.0.0.1:8000/v1, for this machine only
+  ecmfq-export serve ./bundle --host 0.0.0.0 --api-key-file keys.txt   # for others: one key a line
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "bundle", "messages": [{"role": "user", "content": "Hello"}]}'
+
+POST /v1/chat/completions (streamed or not), GET /v1/models, /health and /metrics. Images come in requests, as data: URIs; nothing
+is fetched. Without a temperature answers are greedy, as those of 'run'. Ctrl-C or SIGTERM ends the server once the answer that is
+being given is complete. A key may also be in the environment variable ECMFQ_API_KEY. docs/serve.md has the rest.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
@@ -158,6 +170,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
 
+    sub = command("serve", _serve, "an OpenAI-compatible chat endpoint with images, over HTTP", _SERVE_EXAMPLES)
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    sub.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    sub.add_argument("--model-name", metavar="NAME", help="what requests call the model (default: the bundle's folder name)")
+    sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that open the API, one a line")
+    sub.add_argument("--no-key", action="store_true", help="let everyone who reaches a non-local --host in")
+    sub.add_argument("--target", metavar="NAME", help="run this target's engines on the GPU, not ONNX Runtime on the CPU")
+    sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
+    sub.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="to finish an answer in when told to stop (default 30)")
+    _limit_arguments(sub)
+
     sub = command("inspect", _inspect, "describe a checkpoint, bundle, ONNX graph or engine file")
     sub.add_argument("path", type=Path)
     sub.add_argument("--json", action="store_true", help="machine-readable")
@@ -169,6 +193,22 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("doctor", _doctor, "what this machine can build and run, and how to install what is missing")
     sub.add_argument("--json", action="store_true")
     return parser
+
+
+def _limit_arguments(sub: argparse.ArgumentParser) -> None:
+    """A flag for each field of server.settings.Limits; what is not given keeps the default there."""
+    limits = sub.add_argument_group("limits")
+    for name, kind, text in (
+        ("queue", int, "requests that wait while one is answered; one more gets 429 (default 16)"),
+        ("max-request-bytes", int, "of one request, its images as base64 included (default 20000000)"),
+        ("max-images", int, "of one request (default 8)"),
+        ("max-image-pixels", int, "of one image (default 16000000)"),
+        ("max-prompt-tokens", int, "image tokens included (default: the model's context)"),
+        ("max-new-tokens", int, "that a request may ask for (default: the model's context)"),
+        ("max-connections", int, "open at once; one more gets 503 (default 512)"),
+        ("body-seconds", float, "for a request's body to arrive in (default 60)"),
+    ):
+        limits.add_argument(f"--{name}", type=kind, metavar="N", help=text)
 
 
 def _quant_arguments(sub: argparse.ArgumentParser) -> None:
@@ -327,6 +367,30 @@ def _run(args: argparse.Namespace) -> int:
     generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling,
                        on_token=lambda text: print(text, end="", flush=True))
     print()
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import dataclasses
+    import logging
+
+    try:
+        from ecmfq_export.server.serve import serve
+        from ecmfq_export.server.settings import Limits, Settings, read_keys
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs the package {error.name}", "pip install 'ecmfq-export[serve]'") from None
+    from ecmfq_export.workflow import Paths, open_generator
+
+    given = {field.name: value for field in dataclasses.fields(Limits) if (value := getattr(args, field.name)) is not None}
+    name = args.model_name or args.bundle.resolve().name
+    settings = Settings(name, args.host, args.port, read_keys(args.api_key_file), args.no_key, args.grace, Limits(**given))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("ecmfq_export.server").setLevel(logging.DEBUG if getattr(args, "verbose", False) else logging.INFO)
+    manifest = Paths(args.bundle).onnx / "manifest.json"
+    created = int(manifest.stat().st_mtime) if manifest.is_file() else 0
+    key = "with an API key" if settings.keys else "without an API key"
+    serve(lambda: open_generator(args.bundle, args.threads, args.target), settings,
+          lambda url: print(f"serving {name} at {url}/v1 {key}; Ctrl-C stops", flush=True), created)
     return 0
 
 

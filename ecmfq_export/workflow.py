@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ from ecmfq_export.config import ExportConfig, QuantConfig
 from ecmfq_export.errors import BuildError, UserError
 from ecmfq_export.file_hashes import remembered
 from ecmfq_export.progress import Progress
-from ecmfq_export.target import Target
+from ecmfq_export.target import Target, load_target
 
 if TYPE_CHECKING:
+    from ecmfq_export.engine.runner import Runner
     from ecmfq_export.runtime.generate import Generator
     from ecmfq_export.stages.resources import Resources
     from ecmfq_export.validate.evaluation.result import EvalResult
@@ -264,18 +266,41 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
     return out_dir
 
 
-def open_generator(bundle_root: Path, threads: int = 0) -> Generator:
-    """The bundle's model in ONNX Runtime, ready to answer; every file's hash is checked first.
+def open_generator(bundle_root: Path, threads: int = 0, target: str | None = None) -> Generator:
+    """The bundle's model, ready to answer; every file's hash is checked first.
+
+    Args:
+        threads: of ONNX Runtime on the CPU; 0: all cores.
+        target: where given, the engines built for it run on this machine's GPU instead.
 
     Raises:
-        BundleError: no bundle, or a file that is missing or changed.
+        BundleError: no bundle, no engines for the target, or a file that is missing or changed.
+        BuildError: no GPU that the engines run on.
     """
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.runtime.generate import Generator
 
     onnx_dir = Paths(bundle_root).onnx
     bundle.verify(onnx_dir, bundle.read_manifest(onnx_dir, "onnx"))
-    return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
+    if target is None:
+        return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
+    return Generator(onnx_dir, _engine_runners(bundle_root, load_target(target)))
+
+
+def _engine_runners(bundle_root: Path, target: Target) -> Callable[[Path], Runner]:
+    """Opens a graph's engine: ``decoder.engine`` for a graph in ``decoder/``."""
+    from ecmfq_export.engine.plugin_library import find_plugin_library
+    from ecmfq_export.engine.trt_runner import TrtRunner
+
+    engines = Paths(bundle_root).engines(target)
+    bundle.verify(engines, bundle.read_manifest(engines, "build"))
+    # An engine that was built for another platform carries no plugin library; this machine's own is loaded then.
+    embedded = any(engines.glob("libecmfq_plugin*"))
+
+    def open_engine(graph: Path) -> Runner:
+        return TrtRunner(engines / f"{graph.parent.name}.engine", target, plugin_library=None if embedded else find_plugin_library())
+
+    return open_engine
 
 
 def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:

@@ -35,6 +35,7 @@ OWN: dict[str, set[str]] = {
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
     "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
     "runtime": {"errors", "bundle", "engine.runner"},
+    "server": {"errors", "runtime"},
     # A model inside another project's program: opened, asked, scored.
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
@@ -55,6 +56,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "engine": {"numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"},
     "validate": {"torch", "numpy", "safetensors", "onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "PIL"},
     "runtime": {"numpy", "PIL", "transformers", "tokenizers"},
+    "server": {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "PIL"},
     "integrations": {"torch", "numpy", "PIL", "lmms_eval"},
     "cli": {"rich"},
     "workflow": set(),

@@ -26,6 +26,8 @@ RUNTIME_JSON = "runtime.json"
 _VISION_BATCH_PATCHES = 1024
 """Images share a vision call up to so many patches: attention there is quadratic in the patches of a call."""
 _CACHED_IMAGES = 64
+_CACHED_FEATURE_BYTES = 256 << 20
+"""Features of images are kept for the next prompt with the same ones: so many images and bytes at most."""
 
 
 @dataclass
@@ -83,6 +85,7 @@ class DecoderSession:
         self._open_vision = lambda: runner_factory(graph_path(self.directory, "vision"))
         self._vision: Runner | None = None
         self._features: OrderedDict[bytes, list[np.ndarray]] = OrderedDict()
+        self._feature_bytes = 0
 
     @property
     def vocab_size(self) -> int:
@@ -203,6 +206,13 @@ class DecoderSession:
                 "shorten the prompt, scale its images down, or export with a larger max_seq_len",
             )
 
+    def check_patches(self, grids: np.ndarray) -> None:
+        """Raise UserError unless the vision graph takes images of these grids [num_images, 3], with the numbers."""
+        largest = int(grids.prod(axis=1).max())
+        if self._max_patches and largest > self._max_patches:
+            raise UserError(f"an image makes {largest} patches, the vision graph takes {self._max_patches}",
+                            "scale it down, or export with a larger max_image_patches")
+
     def _run_prompts(self, samples: Sequence[ProcessedSample]) -> tuple[dict[str, np.ndarray], DecodeState, np.ndarray]:
         if not samples:
             raise ValueError("no samples")
@@ -263,18 +273,15 @@ class DecoderSession:
         key = hashlib.sha256(grids.tobytes() + patches.tobytes()).digest()
         if key not in self._features:
             self._features[key] = self._run_vision(patches, grids)
-            if len(self._features) > _CACHED_IMAGES:
-                self._features.popitem(last=False)
+            self._feature_bytes += _nbytes(self._features[key])
+            while len(self._features) > _CACHED_IMAGES or (self._feature_bytes > _CACHED_FEATURE_BYTES and len(self._features) > 1):
+                self._feature_bytes -= _nbytes(self._features.popitem(last=False)[1])
         self._features.move_to_end(key)
         return self._features[key]
 
     def _run_vision(self, patches: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
+        self.check_patches(grids)
         sizes = grids.prod(axis=1)
-        if self._max_patches and int(sizes.max()) > self._max_patches:
-            raise UserError(
-                f"an image makes {int(sizes.max())} patches, the vision graph takes {self._max_patches}",
-                "scale it down, or export with a larger max_image_patches",
-            )
         if self._vision is None:
             self._vision = self._open_vision()
         names = ["image_features", *(f"deepstack_{i}" for i in range(self.spec.num_deepstack))]
@@ -292,6 +299,10 @@ class DecoderSession:
             parts.append([outputs[name] for name in names])
             start, at = stop, at + count
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _nbytes(arrays: Sequence[np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def graph_path(directory: Path, part: str) -> Path:

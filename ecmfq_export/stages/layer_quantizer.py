@@ -108,8 +108,8 @@ class LayerQuantizer:
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
 
     def refit(self, weighting: Weighting, layer: DecoderLayer) -> DecoderLayer:
-        """As :meth:`quantize` of the same floating-point `layer`, which may have been dropped in between, with the held-out samples in the Hessians too: once a choice has been judged on them they need not
-        be kept out, and a Hessian of more tokens is a better one."""
+        """As :meth:`quantize`, of the same floating-point `layer`, which may have been dropped in between, with the held-out samples in
+        the Hessians too: once a choice has been judged on them they need not be kept out, and more tokens make a better Hessian."""
         self._layer = layer
         self._fitted = (self._train, self._heldout)
         self._attention.clear()
