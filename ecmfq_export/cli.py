@@ -27,10 +27,20 @@ Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint t
 _EXPORT_EXAMPLES = """\
 examples:
   ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
-  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --no-build
+  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
 
 A run that was stopped continues where it was: finished stages, and finished decoder layers of 'quantize', are kept.
+"""
+
+
+_BUILD_EXAMPLES = """\
+examples:
+  ecmfq-export build ./bundle --target l4
+  ecmfq-export build ./bundle --target jetson-orin --trtexec
+
+A target whose engines are built on the device gets, on any other machine, what the device needs: engines/TARGET/build.sh, README.txt
+and the plugin library for its platform.
 """
 
 
@@ -103,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--target", required=True, help="a name from 'ecmfq-export targets', or a TOML file")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
-    sub.add_argument("--no-build", action="store_true", help="stop at ONNX; build engines elsewhere with 'build'")
+    sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
     _quant_arguments(sub)
     sub.add_argument("--max-seq-len", type=int, help="length of the static KV cache (default: the target's limit)")
     sub.add_argument("--max-batch", type=int, help="largest batch (default: the target's limit)")
@@ -115,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
                      help="directory of the quantized checkpoint; 'calibration', 'smoothing' and 'rotated' are written beside it")
     _quant_arguments(sub)
 
-    sub = command("build", _build, "build engines of a bundle for one more target, or on the device",
-                  "example:\n  ecmfq-export build ./bundle --target l4\n")
+    sub = command("build", _build, "build engines of a bundle for one more target, or on the device", _BUILD_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--target", required=True)
+    sub.add_argument("--trtexec", action="store_true", help="build nothing: print the exact lines for TensorRT's own trtexec")
 
     sub = command("validate", _validate, "compare PyTorch, quantized PyTorch and ONNX Runtime; write JSON and HTML",
                   "example:\n  ecmfq-export validate ./bundle --model ./model --evaluate heldout.jsonl\n")
@@ -236,14 +246,19 @@ def _quantize(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from ecmfq_export.console import RichProgress
     from ecmfq_export.target import load_target
-    from ecmfq_export.workflow import Paths, build_engines, seal
+    from ecmfq_export.workflow import Paths, build_engines, seal, trtexec_lines
 
     target = load_target(args.target)
     out, err = _consoles()
+    if args.trtexec:
+        for part, line in trtexec_lines(args.bundle, target).items():
+            print(f"# {part}, in engines/{target.name}\n{line}")
+        return 0
     with RichProgress(err).running() as progress:
         path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False))
-    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": True})
-    out.print(f"engines: {path}", soft_wrap=True)
+    built = path in Paths(args.bundle).engine_folders("build")
+    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": built})
+    out.print(f"engines: {path}" if built else f"for the device to build its engines: {path}", soft_wrap=True)
     return 0
 
 

@@ -54,8 +54,7 @@ def fetch_compiler(platform: str) -> Path:
     Raises:
         BuildError: pip cannot fetch it.
     """
-    folder = _fetch([f"{name}=={CUDA_VERSION}.*" for name in _COMPILER], platform, f"cuda-{CUDA_VERSION}-{platform}")
-    return folder
+    return _fetch([f"{name}=={CUDA_VERSION}.*" for name in _COMPILER], platform, f"cuda-{CUDA_VERSION}-{platform}")
 
 
 def fetch_runtime(version: str, platform: str) -> Path:
@@ -66,7 +65,8 @@ def fetch_runtime(version: str, platform: str) -> Path:
     """
     if int(version.split(".")[0]) < 13:
         raise BuildError(f"PyPI has no static CUDA {version} runtime for {platform}",
-                         f"install NVIDIA's cross package for it (cuda-cross-{platform.removeprefix('linux-')}), or let CUDACXX name nvcc 13")
+                         f"install NVIDIA's cross package for it (cuda-cross-{platform.removeprefix('linux-')}), or let CUDACXX name "
+                         "nvcc 13")
     folder = _fetch([f"nvidia-cuda-runtime=={version}.*"], platform, f"cudart-{version}-{platform}") / "lib"
     if not (folder / "libcudart_static.a").is_file():
         raise BuildError(f"{folder} has no libcudart_static.a", f"remove {folder.parent} and try again")

@@ -81,8 +81,8 @@ def read_plugin_library(path: Path) -> PluginLibrary:
     machine = struct.unpack_from("<H", data, 18)[0] if len(data) >= 64 and data[:5] == b"\x7fELF\x02" else -1
     if machine not in _ELF_PLATFORMS:
         raise BuildError(f"{path} is not a 64-bit shared object for {' or '.join(_ELF_PLATFORMS.values())}", _INSTALL)
-    return PluginLibrary(path, hashlib.sha256(data).hexdigest(), len(data), _ELF_PLATFORMS[machine], _cubin_archs(data), _cuda_version(data),
-                         _glibc_version(data))
+    return PluginLibrary(path, hashlib.sha256(data).hexdigest(), len(data), _ELF_PLATFORMS[machine], _cubin_archs(data),
+                         _cuda_version(data), _glibc_version(data))
 
 
 def check_plugin_library(path: Path, sha256: str | None = None) -> PluginLibrary:
