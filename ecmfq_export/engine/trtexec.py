@@ -27,7 +27,8 @@ def trtexec_arguments(onnx: PurePosixPath, engine: PurePosixPath, profiles: Mapp
     """
     arguments = [f"--onnx={onnx}", f"--saveEngine={engine}", "--stronglyTyped", "--skipInference", "--profilingVerbosity=detailed"]
     if plugin_library is not None:
-        arguments.append(f"--dynamicPlugins={plugin_library}")
+        # With a slash, or the loader would look for it in its own folders only.
+        arguments.append(f"--dynamicPlugins={plugin_library if plugin_library.is_absolute() else f'./{plugin_library}'}")
     if timing_cache is not None:
         arguments.append(f"--timingCacheFile={timing_cache}")
     for which, name in enumerate(("minShapes", "optShapes", "maxShapes")):

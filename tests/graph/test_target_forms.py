@@ -97,7 +97,8 @@ def test_decoder_answers_as_pytorch(exported, models, form: Form) -> None:
     for step in range(new):
         at = np.array(lengths) + step
         rows = np.arange(2)
-        got = decoder.step(embeds[rows, at][:, None], positions[:, rows, at][:, :, None], at, [d[rows, at][:, None] for d in deepstack])["logits"][:, -1]
+        features = [d[rows, at][:, None] for d in deepstack]
+        got = decoder.step(embeds[rows, at][:, None], positions[:, rows, at][:, :, None], at, features)["logits"][:, -1]
         seen += [(got[row], expected[row, at[row]]) for row in range(2)]
     got, wanted = (np.stack(side) for side in zip(*seen, strict=True))
     assert np.sqrt(np.mean((got - wanted) ** 2)) < 0.03 * np.sqrt(np.mean(wanted**2))
