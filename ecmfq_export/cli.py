@@ -34,6 +34,15 @@ A run that was stopped continues where it was: finished stages, and finished dec
 """
 
 
+_RUN_EXAMPLES = """\
+examples:
+  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"
+  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?" --target l4
+
+The text goes to standard output; time to the first token, tokens a second and memory go to standard error.
+"""
+
+
 _BUILD_EXAMPLES = """\
 examples:
   ecmfq-export build ./bundle --target l4
@@ -154,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", type=float, default=1.0, metavar="GB", help="for hidden states; beyond it layers are read again")
     sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
 
-    sub = command("run", _run, "image and prompt in, text out (ONNX Runtime on the CPU)",
-                  'example:\n  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"\n')
+    sub = command("run", _run, "image and prompt in, text out; in ONNX Runtime on the CPU, or with engines on this machine's GPU",
+                  _RUN_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
@@ -164,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens whose probabilities reach this sum")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
+    sub.add_argument("--target", help="run this target's engines of the bundle (default: ONNX Runtime)")
 
     sub = command("inspect", _inspect, "describe a checkpoint, bundle, ONNX graph or engine file")
     sub.add_argument("path", type=Path)
@@ -297,14 +307,17 @@ def _words(text: str | None) -> tuple[str, ...] | None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ecmfq_export.runtime.figures import figures
     from ecmfq_export.runtime.generate import Sampling
+    from ecmfq_export.target import load_target
     from ecmfq_export.workflow import open_generator
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    generator = open_generator(args.bundle, args.threads)
-    generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling,
-                       on_token=lambda text: print(text, end="", flush=True))
-    print()
+    generator = open_generator(args.bundle, args.threads, load_target(args.target) if args.target else None)
+    sample = generator.processor.sample(args.prompt, args.image)
+    (generation,) = generator.generate_batch([sample], args.max_new_tokens, lambda _, text: print(text, end="", flush=True), sampling)
+    print(flush=True)
+    print(figures(generation, generator.session), file=sys.stderr)
     return 0
 
 

@@ -47,6 +47,7 @@ class EngineSpec:
             ``copy`` (ScatterElements, where the parser has no TensorScatter: two buffers that change places with every call).
         plugin: where the plugin library is: ``embedded`` in the engine, or a file ``beside`` it that a runtime loads first.
         timing_cache: whether the builder keeps measured times of tactics in a file, so that a second build is faster.
+        decode_profile: whether the decoder's engine has a second profile, tuned for one token a sequence.
         dtype: of activations and of everything that is not quantized.
     """
 
@@ -58,6 +59,7 @@ class EngineSpec:
     kv_cache: str
     plugin: str
     timing_cache: bool
+    decode_profile: bool
     dtype: str
 
 
@@ -201,6 +203,9 @@ def _check(target: Target, path: Path) -> None:
     if (target.engine.runtime == "tensorrt_rtx") != (target.engine.build == "host-aot"):
         raise UserError(f"{path}: runtime '{target.engine.runtime}' with build '{target.engine.build}'",
                         "tensorrt_rtx builds host-aot, tensorrt builds on-device")
+    if target.engine.runtime == "tensorrt_rtx" and (target.engine.decode_profile or target.engine.timing_cache):
+        raise UserError(f"{path}: decode_profile or timing_cache with runtime 'tensorrt_rtx'",
+                        "TensorRT-RTX compiles for the shapes it meets on the device and measures nothing while building: false for both")
     _version(target.kernel.cuda, path)
     if (target.engine.attention == "onnx24") != (target.engine.kv_cache == "in_place"):
         raise UserError(f"{path}: attention '{target.engine.attention}' with kv_cache '{target.engine.kv_cache}'",

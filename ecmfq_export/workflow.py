@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig, QuantConfig
-from ecmfq_export.errors import UserError
+from ecmfq_export.errors import BundleError, UserError
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
 
@@ -203,18 +203,33 @@ def trtexec_lines(bundle_root: Path, target: Target) -> dict[str, str]:
     return {name: trtexec_line(arguments) for name, arguments in arguments_of(parts, target).items()}
 
 
-def open_generator(bundle_root: Path, threads: int = 0) -> Generator:
-    """The bundle's model in ONNX Runtime, ready to answer; every file's hash is checked first.
+def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = None) -> Generator:
+    """The bundle's model, ready to answer; every file's hash is checked first.
+
+    Args:
+        threads: of ONNX Runtime (0: all cores).
+        target: run its engines on this machine's GPU; None: the graphs in ONNX Runtime on the CPU.
 
     Raises:
-        BundleError: no bundle, or a file that is missing or changed.
+        BundleError: no bundle, a file that is missing or changed, or no engines for the target.
+        BuildError: this machine's GPU is not the target's.
     """
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.runtime.generate import Generator
 
-    onnx_dir = Paths(bundle_root).onnx
-    bundle.verify(onnx_dir, bundle.read_manifest(onnx_dir, "onnx"))
-    return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
+    paths = Paths(bundle_root)
+    bundle.verify(paths.onnx, bundle.read_manifest(paths.onnx, "onnx"))
+    if target is None:
+        return Generator(paths.onnx, lambda path: OrtRunner(path, threads=threads))
+    from ecmfq_export.engine.trt_runner import TrtRunner
+
+    folder = paths.engines(target)
+    for engine in (folder / "decoder.engine", folder / "vision.engine"):
+        if not engine.is_file():
+            raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
+    # Engines that trtexec wrote are in no manifest; everything that is in one must be as it says.
+    bundle.verify(folder, bundle.read_manifest(folder))
+    return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 
 def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:

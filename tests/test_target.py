@@ -54,6 +54,7 @@ def test_own_file(tmp_path: Path) -> None:
     ("host-aot", "on-device", "tensorrt_rtx builds host-aot"),
     ('"in_place"', '"copy"', "attention 'onnx24' with kv_cache 'copy'"),
     ("timing_cache = false", "timing_cache = 0", "'engine.timing_cache' is 0"),
+    ("decode_profile = false", "decode_profile = true", "decode_profile or timing_cache with runtime 'tensorrt_rtx'"),
     ('cuda = "13.0"', 'cuda = "thirteen"', "'thirteen' is not a version"),
     ("[kernel]", "[kernels]", "unknown key 'kernels'"),
     ("[limits]", "limits = [", "not valid TOML"),

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ def build_engine(
     *,
     profiles: Mapping[str, Shapes],
     plugin_library: Path | None,
+    decode_profile: Mapping[str, Shapes] | None = None,
     device_library: Path | None = None,
     timing_cache: Path | None = None,
     log_path: Path | None = None,
@@ -51,6 +52,7 @@ def build_engine(
         out_path: the engine; appears only when it is complete and checked.
         profiles: for every input with a free extent its (min, opt, max) shapes.
         plugin_library: ``libecmfq_plugin.so`` of this machine; needed where the graph has ``EcmfqRoutedMoE`` nodes.
+        decode_profile: a second profile within the first one's largest shapes; None: there is one.
         device_library: the library of the target's platform, where that is another one; None: the same. It goes into the engine
             where the target says ``plugin = "embedded"``.
         timing_cache: file of measured tactic times, read if it is there and written; used where the target has one.
@@ -81,7 +83,8 @@ def build_engine(
     partial = out_path.with_name(out_path.name + ".partial")
     try:
         cache = timing_cache if target.engine.timing_cache else None
-        shapes = _build(module, log, onnx_path, target, partial, profiles, library, embedded, cache)
+        shapes = _build(module, log, onnx_path, target, partial, [profiles, *([decode_profile] if decode_profile else [])], library,
+                        embedded, cache)
         scratch = log.find(r"Max Scratch Memory: (\d+) bytes") or 0
         info = read_engine_file(partial) if target.engine.runtime == "tensorrt_rtx" else read_plan(module, log, partial)
         _check_engine(info, target, shapes, num_plugin_nodes, embedded)
@@ -153,8 +156,9 @@ def _check_machine(target: Target) -> Device | None:
     return device
 
 
-def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, out: Path, profiles: Mapping[str, Shapes],
-           library: PluginLibrary | None, embedded: PluginLibrary | None, timing_cache: Path | None) -> dict[str, dict[str, object]]:
+def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, out: Path,
+           profiles: Sequence[Mapping[str, Shapes]], library: PluginLibrary | None, embedded: PluginLibrary | None,
+           timing_cache: Path | None) -> dict[str, dict[str, object]]:
     """Parse and build to `out`; returns dtype, shape and direction of every input and output."""
     logger = make_logger(module, log)
     builder = module.Builder(logger)
@@ -174,7 +178,8 @@ def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, o
         config.plugins_to_serialize = [str(embedded.path)]
     if timing_cache is not None:
         config.set_timing_cache(config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b""), False)
-    config.add_optimization_profile(_profile(builder, network, profiles))
+    for one in profiles:
+        config.add_optimization_profile(_profile(builder, network, one))
     if target.engine.build == "host-aot":
         config.num_compute_capabilities = len(target.compute_capabilities)
         for index, sm in enumerate(target.compute_capabilities):

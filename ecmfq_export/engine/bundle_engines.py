@@ -15,7 +15,7 @@ from ecmfq_export.engine.device_kit import Part, runs_on_oldest, total_needs, wr
 from ecmfq_export.engine.engine_file import expect_plugin_nodes
 from ecmfq_export.engine.memory import check_memory, memory_needs
 from ecmfq_export.engine.plugin_library import LIBRARY_NAME, check_plugin_library, find_plugin_library, host_platform, read_plugin_library
-from ecmfq_export.engine.profiles import profile_shapes
+from ecmfq_export.engine.profiles import decode_ranges, profile_shapes
 from ecmfq_export.engine.trtexec import TIMING_CACHE
 from ecmfq_export.errors import BuildError
 from ecmfq_export.progress import Progress
@@ -68,8 +68,11 @@ def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundl
     parts = {}
     for name, nodes in (("decoder", int(manifest.info["num_plugin_nodes"])), ("vision", 0)):
         graph = onnx_dir / name / "model.onnx"
-        profiles = profile_shapes(graph, ranges)
-        parts[name] = Part(PurePosixPath("../../onnx") / name / "model.onnx", profiles, nodes, memory_needs(graph, profiles))
+        profiles = [profile_shapes(graph, ranges)]
+        needs = memory_needs(graph, profiles[0])
+        if name == "decoder" and target.engine.decode_profile:
+            profiles.append(profile_shapes(graph, decode_ranges(ranges)))
+        parts[name] = Part(PurePosixPath("../../onnx") / name / "model.onnx", tuple(profiles), nodes, needs)
     return parts, manifest
 
 
@@ -106,8 +109,9 @@ def _build(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Pa
         if (out_dir / TIMING_CACHE).is_file():
             shutil.copyfile(out_dir / TIMING_CACHE, work / TIMING_CACHE)
         for name, part in progress.track(parts.items(), f"build engines for {target.name}", total=len(parts)):
-            engine = build_engine(onnx_dir / name / "model.onnx", target, work / f"{name}.engine", profiles=part.profiles,
-                                  plugin_library=library, device_library=there.path, timing_cache=work / TIMING_CACHE,
+            engine = build_engine(onnx_dir / name / "model.onnx", target, work / f"{name}.engine", profiles=part.profiles[0],
+                                  decode_profile=next(iter(part.profiles[1:]), None), plugin_library=library,
+                                  device_library=there.path, timing_cache=work / TIMING_CACHE,
                                   log_path=work / f"{name}.build.log", verbose=verbose)
             expect_plugin_nodes(engine, part.num_plugin_nodes)
             info[name] = dataclasses.asdict(engine)

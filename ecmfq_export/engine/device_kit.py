@@ -28,7 +28,7 @@ class Part:
     """One graph of the bundle: where it lies relative to the engine folder, its profiles, its plugin nodes, its memory."""
 
     onnx: PurePosixPath
-    profiles: Mapping[str, Shapes]
+    profiles: tuple[Mapping[str, Shapes], ...]
     num_plugin_nodes: int
     needs: MemoryNeeds
 

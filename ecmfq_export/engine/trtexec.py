@@ -8,7 +8,7 @@ would load ours without registering anything), and the library is not serialized
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from ecmfq_export.engine.memory import Shapes
@@ -16,12 +16,12 @@ from ecmfq_export.engine.memory import Shapes
 TIMING_CACHE = "timing.cache"
 
 
-def trtexec_arguments(onnx: PurePosixPath, engine: PurePosixPath, profiles: Mapping[str, Shapes], *,
+def trtexec_arguments(onnx: PurePosixPath, engine: PurePosixPath, profiles: Sequence[Mapping[str, Shapes]], *,
                       plugin_library: PurePosixPath | None, timing_cache: PurePosixPath | None) -> list[str]:
     """Arguments that build `engine` from `onnx` as :func:`ecmfq_export.engine.build.build_engine` does.
 
     Args:
-        profiles: for every input with a free extent its (min, opt, max) shapes.
+        profiles: one or more; for every input with a free extent its (min, opt, max) shapes.
         plugin_library: None where the graph has no plugin node.
         timing_cache: a file that is read and written; None without one.
     """
@@ -31,9 +31,12 @@ def trtexec_arguments(onnx: PurePosixPath, engine: PurePosixPath, profiles: Mapp
         arguments.append(f"--dynamicPlugins={plugin_library if plugin_library.is_absolute() else f'./{plugin_library}'}")
     if timing_cache is not None:
         arguments.append(f"--timingCacheFile={timing_cache}")
-    for which, name in enumerate(("minShapes", "optShapes", "maxShapes")):
-        shapes = (f"{tensor}:{'x'.join(map(str, kinds[which]))}" for tensor, kinds in profiles.items())
-        arguments.append(f"--{name}=" + ",".join(shapes))
+    for index, profile in enumerate(profiles):
+        if len(profiles) > 1:
+            arguments.append(f"--profile={index}")
+        for which, name in enumerate(("minShapes", "optShapes", "maxShapes")):
+            shapes = (f"{tensor}:{'x'.join(map(str, kinds[which]))}" for tensor, kinds in profile.items())
+            arguments.append(f"--{name}=" + ",".join(shapes))
     return arguments
 
 

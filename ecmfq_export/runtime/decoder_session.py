@@ -88,6 +88,11 @@ class DecoderSession:
     def vocab_size(self) -> int:
         return self._embeddings.rows
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory that the graphs hold on a device of their own; 0 on the CPU."""
+        return self._decoder.device_bytes + (self._vision.device_bytes if self._vision is not None else 0)
+
     def prefill(self, samples: Sequence[ProcessedSample]) -> tuple[np.ndarray, DecodeState]:
         """Run whole prompts (answers, where a sample has one, included).
 

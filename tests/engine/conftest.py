@@ -37,7 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, library: Path) -> tuple[Path
     folder = tmp_path_factory.mktemp("small")
     graph = decoder(folder / "model.onnx", layers=1, group_size=128)
     target = load_target("rtx-50")
-    target = dataclasses.replace(target, engine=dataclasses.replace(target.engine, plugin="beside", timing_cache=True))
+    target = dataclasses.replace(target, engine=dataclasses.replace(target.engine, plugin="beside", timing_cache=True))  # as on a device
     info = build_engine(graph, target, folder / "decoder.engine", profiles=profiles(graph), plugin_library=library,
                         timing_cache=folder / "timing.cache")
     return folder / "decoder.engine", info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from ecmfq_export.engine.bundle_engines import PREPARED, build_engines, engine_p
 from ecmfq_export.engine.cross_compile import plugin_sources
 from ecmfq_export.engine.device import Device, current_device
 from ecmfq_export.engine.device_kit import runs_on_oldest
-from ecmfq_export.engine.plugin_library import PluginLibrary, find_plugin_library, host_platform
+from ecmfq_export.engine.engine_file import EngineInfo, PluginNode
+from ecmfq_export.engine.plugin_library import PluginLibrary, find_plugin_library, host_platform, read_plugin_library
 from ecmfq_export.engine.profiles import profile_shapes
 from ecmfq_export.errors import BuildError
 from ecmfq_export.progress import Silent
@@ -72,16 +74,24 @@ def test_script_builds_both_engines_with_the_profiles(prepared: Path, onnx_dir: 
     calls = record.read_text().split("--onnx=")[1:]
     assert len(calls) == 2 and (prepared / "decoder.engine").is_file() and (prepared / "vision.engine").is_file()
     for call, part, plugin in zip(calls, ("decoder", "vision"), (True, False), strict=True):
-        options = dict(line.lstrip("-").split("=", 1) for line in call.splitlines()[1:] if "=" in line)
+        first, _, second = call.partition("--profile=1\n")  # of the decoder alone: one token a sequence
+        options, decode = ({key: value for key, _, value in (line.lstrip("-").partition("=") for line in text.splitlines())}
+                           for text in (first, second))
         assert options.get("dynamicPlugins") == ("./libecmfq_plugin.so" if plugin else None)
         assert options["timingCacheFile"] == "timing.cache"
         assert "--stronglyTyped" in call.splitlines() and "--skipInference" in call.splitlines()
-        wanted = profile_shapes(onnx_dir / part / "model.onnx", RANGES)
-        for which, name in enumerate(("minShapes", "optShapes", "maxShapes")):
-            said = dict(item.split(":") for item in options[name].split(","))
-            assert {key: tuple(map(int, value.split("x"))) for key, value in said.items()} == {k: v[which] for k, v in wanted.items()}
+        assert _shapes(options) == profile_shapes(onnx_dir / part / "model.onnx", RANGES)
+        assert (part == "decoder") == ("profile" in options) == bool(decode)
+        if decode:
+            assert _shapes(decode) == profile_shapes(onnx_dir / part / "model.onnx", {**RANGES, "seq": (1, 1, 1)})
     for part in ("decoder", "vision"):
         (prepared / f"{part}.engine").unlink()
+
+
+def _shapes(options: dict[str, str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Tensor to its three shapes, from trtexec's options."""
+    kinds = [dict(item.split(":") for item in options[name].split(",")) for name in ("minShapes", "optShapes", "maxShapes")]
+    return {name: tuple(tuple(map(int, kind[name].split("x"))) for kind in kinds) for name in kinds[0]}
 
 
 def test_nothing_is_written_twice(prepared: Path, onnx_dir: Path) -> None:
@@ -108,6 +118,45 @@ def test_memory_of_the_device_at_hand_counts(onnx_dir: Path, tmp_path: Path, mon
     monkeypatch.setattr(bundle_engines, "current_device", lambda: Device("small H100", 90, 100, 1000, "13.0"))
     with pytest.raises(BuildError, match="this device has 0.00 GiB, the engines need"):
         build_engines(onnx_dir, tmp_path / "h100", _here("h100"), Silent())
+
+
+@pytest.mark.parametrize(("driver", "own"), [("13.1", False), ("12.6", True)])
+def test_on_the_device_itself(prepared: Path, onnx_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str,
+                              own: bool) -> None:
+    """A device of the target's kind at hand and the builder replaced: which library, profiles and files a build on the device takes.
+
+    The library that the bundle carries is used where the driver loads it; else this installation's own, and that is said.
+    """
+    folder = tmp_path / "engines" / "h100"
+    shutil.copytree(prepared, folder)
+    calls: list[dict[str, object]] = []
+
+    def build(graph: Path, target: Target, out: Path, **options: object) -> EngineInfo:
+        calls.append(options)
+        out.write_bytes(b"engine")
+        Path(str(options["timing_cache"])).write_bytes(b"times")
+        count = int(graph.parent.name == "decoder")
+        nodes = (PluginNode("layers.0.moe", "EcmfqRoutedMoE", "1", "", {}),) * count
+        return EngineInfo(out.name, 6, "", "tensorrt", "10.15", (90,), {}, (), nodes, count, "")
+
+    device = Device("H100", 90, 132, 1 << 36, driver)
+    monkeypatch.setattr(bundle_engines, "current_device", lambda: device)
+    monkeypatch.setattr(bundle_engines, "build_engine", build)
+    library = dataclasses.replace(read_plugin_library(folder / "libecmfq_plugin.so"), cuda="13.0")
+    monkeypatch.setattr(bundle_engines, "check_plugin_library", lambda path, sha256: library)
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    assert build_engines(onnx_dir, folder, _here("h100"), Notes()) == folder
+    decoder, vision = calls
+    assert (decoder["plugin_library"] == find_plugin_library()) == own == any("driver of H100 takes 12.6" in note for note in notes)
+    assert decoder["decode_profile"] and vision["decode_profile"] is None
+    manifest = bundle.read_manifest(folder, "build")
+    assert {"decoder.engine", "vision.engine", "libecmfq_plugin.so", "build.sh", "README.txt", "timing.cache"} <= set(manifest.files)
+    assert manifest.info["decoder"]["runtime"] == "tensorrt"
 
 
 def test_both_engines_are_counted(onnx_dir: Path) -> None:
