@@ -61,6 +61,11 @@ class TrtRunner:
     def device_bytes(self) -> int:
         return self._bound.device_bytes
 
+    @property
+    def calls(self) -> dict[str, int]:
+        """How many calls ran directly, were captured as a CUDA graph, and were replayed (captured ones included)."""
+        return self._bound.calls
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self._bound.run(feeds)
 
