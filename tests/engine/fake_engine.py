@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+
+from ecmfq_export.engine.ort_runner import OrtRunner
+from ecmfq_export.engine.profiles import Range, decode_ranges, profile_shapes
 
 CACHE = 12
 KINDS = ("key", "value")
@@ -85,7 +91,7 @@ def step(tokens: np.ndarray, starts: np.ndarray, caches: list[np.ndarray]) -> np
 
 @dataclass
 class FakeContext:
-    engine: FakeEngine
+    engine: Any
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     prepared: bool = False
@@ -101,8 +107,7 @@ class FakeContext:
         return True
 
     def output_shape(self, name: str) -> tuple[int, ...]:
-        batch = self.shapes["tokens"][0]
-        return (batch, 1) if name == "answer" else (batch, CACHE)
+        return self.engine.output_shape(name, self.shapes)
 
     def enqueue(self, stream: int) -> bool:
         assert stream == FakeCuda.stream
@@ -144,6 +149,10 @@ class FakeEngine:
     def error(self) -> str:
         return "the fake failed" if self.fails else ""
 
+    def output_shape(self, name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        batch = shapes["tokens"][0]
+        return (batch, 1) if name == "answer" else (batch, CACHE)
+
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         def at(name: str, shape: tuple[int, ...]) -> np.ndarray:
             return self.cuda.view(addresses[name], shape, {**self.inputs, **self.outputs}[name][0])
@@ -170,3 +179,47 @@ class NumpyRunner:
         caches = [np.array(feeds[f"past_{kind}_0"]) for kind in KINDS]
         answer = step(feeds["tokens"], feeds["write_indices"], caches)
         return {"answer": answer, "present_key_0": caches[0], "present_value_0": caches[1]}
+
+
+class GraphEngine:
+    """An exported decoder as an engine: device memory and bindings are the fake's, and ONNX Runtime computes.
+
+    Args:
+        path: ``model.ref.onnx``.
+        ranges: of the graph's symbols; a second profile takes one token a sequence.
+        in_place: whether past and present must have one address.
+    """
+
+    device_bytes = 0
+
+    def __init__(self, path: Path, cuda: FakeCuda, ranges: Mapping[str, Range], *, in_place: bool) -> None:
+        self.cuda, self.in_place, self.fails = cuda, in_place, False
+        self._runner = OrtRunner(path, threads=1)
+        graph = onnx.load(path, load_external_data=False).graph
+        self._symbols = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*graph.input, *graph.output]}
+        f32 = np.dtype(np.float32)
+        past = next(dtype for name, (dtype, _) in self._runner.inputs.items() if name.startswith("past_"))
+        self.inputs: Mapping = {name: (dtype, self._shape(name)) for name, (dtype, _) in self._runner.inputs.items()}
+        self.outputs: Mapping = {name: (past if name.startswith("present_") else f32, self._shape(name))
+                                 for name in self._runner.output_names}
+        shapes = [profile_shapes(path, ranges), profile_shapes(path, decode_ranges(ranges))]
+        self.profiles = [{name: (kinds[0], kinds[2]) for name, kinds in profile.items()} for profile in shapes]
+        self.contexts = [FakeContext(self) for _ in self.profiles]
+
+    def error(self) -> str:
+        return ""
+
+    def output_shape(self, name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        sizes = {symbol: size for given, shape in shapes.items() for symbol, size in zip(self._symbols[given], shape, strict=True)}
+        return tuple(sizes.get(symbol, symbol) for symbol in self._symbols[name])
+
+    def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feeds = {name: self.cuda.view(addresses[name], shapes[name], dtype).copy() for name, (dtype, _) in self.inputs.items()}
+        for name, array in self._runner.run(feeds).items():
+            if name.startswith("present_"):
+                assert (addresses[name] == addresses[name.replace("present_", "past_")]) == self.in_place, name
+            assert array.dtype == self.outputs[name][0]
+            self.cuda.view(addresses[name], array.shape, array.dtype)[:] = array
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if isinstance(symbol, str) else symbol for symbol in self._symbols[name])

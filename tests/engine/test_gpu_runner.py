@@ -1,11 +1,10 @@
-"""A whole engine on the GPU of this machine, prompts and decode steps, against ONNX Runtime. Not run on the machines of this project so far.
+"""A whole engine on this machine's GPU, prompts and decode steps, against ONNX Runtime. Not run on this project's machines so far.
 
     pytest -m gpu tests/engine
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +14,15 @@ from benchmarks.kernels.engine_check import MAX_MEAN_DIFFERENCE, SIZES, pick_tar
 from ecmfq_export.config import QuantConfig
 from ecmfq_export.engine.device import current_device
 from ecmfq_export.engine.ort_runner import OrtRunner
-from ecmfq_export.engine.runner import Runner
 from ecmfq_export.engine.trt_runner import TrtRunner
 from ecmfq_export.graph.pipeline import export_onnx
 from ecmfq_export.progress import Silent
-from ecmfq_export.runtime.decoder_session import DecoderSession
-from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.stages.quantize import quantize
 from ecmfq_export.workflow import Paths, build_engines
+from tests.engine.conversation import conversation
 from tests.tiny_models import make_qwen3_vl_moe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
-
-
-def conversation(directory: Path, open_graph: Callable[[Path], Runner]) -> np.ndarray:
-    """Logits [calls, rows, vocab] of two conversations of different batch sizes: a prefill and eight steps each."""
-    session = DecoderSession(directory, open_graph)
-    random = np.random.default_rng(3)
-    found = []
-    for lengths in ((7, 4), (5,)):
-        prompts = [ProcessedSample(random.integers(0, session.vocab_size, n), None, None, np.zeros(n, bool)) for n in lengths]
-        logits, state = session.prefill(prompts)
-        found += list(logits)
-        for _ in range(8):
-            found += list(session.step(random.integers(0, session.vocab_size, len(lengths)), state))
-    return np.stack(found)
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from ecmfq_export.config import ExportConfig
+from ecmfq_export.engine.bound_engine import BoundEngine
 from ecmfq_export.engine.memory import memory_needs
+from ecmfq_export.engine.ort_runner import OrtRunner
 from ecmfq_export.engine.profiles import profile_shapes
 from ecmfq_export.graph import pipeline, vision
 from ecmfq_export.models.inputs import DecoderInputs
@@ -21,6 +23,8 @@ from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.progress import Silent
 from ecmfq_export.runtime import host_inputs as host
 from ecmfq_export.target import Target, list_targets, load_target
+from tests.engine.conversation import STEPS, conversation
+from tests.engine.fake_engine import FakeCuda, GraphEngine
 from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint
 from tests.graph.helpers import Decoder, session
 
@@ -117,6 +121,20 @@ def test_vision_answers_as_the_tower(exported, models, form: Form) -> None:
     out = session(exported[form] / "vision" / "model.onnx").run(None, feeds)
     for got, want in zip(out, [expected.pooler_output, *expected.deepstack_features], strict=True):
         np.testing.assert_allclose(got, want.numpy(), atol=0.02 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+def test_session_over_an_engine_s_buffers(exported, form: Form) -> None:
+    """Two conversations through the runner of engines, with the cache update of the form and decode steps replayed as graphs, give the
+    bits of a plain runner; device memory is a CPU's, and ONNX Runtime computes in the engine's place."""
+    reference = exported[form] / "decoder" / "model.ref.onnx"
+    cuda = FakeCuda()
+    engine = GraphEngine(reference, cuda, {"batch": (1, 1, 2), "seq": (1, 8, CONFIG.max_seq_len)}, in_place=form[1] == "in_place")
+    bound = BoundEngine(engine, cuda, kv_cache=form[1])
+    allocated = cuda.allocations
+    got = conversation(exported[form], lambda path: bound)
+    np.testing.assert_array_equal(got, conversation(exported[form], lambda path: OrtRunner(path, threads=1)))
+    assert cuda.allocations == allocated and bound.calls["replayed"] == 2 * (STEPS - (1 if form[1] == "in_place" else 2))
 
 
 def test_forms_agree_with_each_other(exported, models) -> None:
