@@ -30,10 +30,29 @@ Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint t
 _EXPORT_EXAMPLES = """\
 examples:
   ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
-  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --no-build
+  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
 
 A run that was stopped continues where it was: finished stages, and finished decoder layers of 'rotate' and 'quantize', are kept.
+"""
+
+
+_RUN_EXAMPLES = """\
+examples:
+  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"
+  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?" --target l4
+
+The text goes to standard output; time to the first token, tokens a second and memory go to standard error.
+"""
+
+
+_BUILD_EXAMPLES = """\
+examples:
+  ecmfq-export build ./bundle --target l4
+  ecmfq-export build ./bundle --target jetson-orin --trtexec
+
+A target whose engines are built on the device gets, on any other machine, what the device needs: engines/TARGET/build.sh, README.txt
+and the plugin library for its platform.
 """
 
 
@@ -118,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--target", required=True, help="a name from 'ecmfq-export targets', or a TOML file")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
-    sub.add_argument("--no-build", action="store_true", help="stop at ONNX; build engines elsewhere with 'build'")
+    sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
     _quant_arguments(sub)
     sub.add_argument("--max-seq-len", type=int, help="length of the static KV cache (default: the target's limit)")
     sub.add_argument("--max-batch", type=int, help="largest batch (default: the target's limit)")
@@ -130,10 +149,10 @@ def _parser() -> argparse.ArgumentParser:
                      help="directory of the quantized checkpoint; 'calibration', 'smoothing' and 'rotated' are written beside it")
     _quant_arguments(sub)
 
-    sub = command("build", _build, "build engines of a bundle for one more target, or on the device",
-                  "example:\n  ecmfq-export build ./bundle --target l4\n")
+    sub = command("build", _build, "build engines of a bundle for one more target, or on the device", _BUILD_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--target", required=True)
+    sub.add_argument("--trtexec", action="store_true", help="build nothing: print the exact lines for TensorRT's own trtexec")
 
     sub = command("validate", _validate, "compare PyTorch, quantized PyTorch and ONNX Runtime; write JSON and HTML",
                   "example:\n  ecmfq-export validate ./bundle --model ./model --evaluate heldout.jsonl\n")
@@ -159,8 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", type=float, default=1.0, metavar="GB", help="for hidden states; beyond it layers are read again")
     sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
 
-    sub = command("run", _run, "image and prompt in, text out (ONNX Runtime on the CPU)",
-                  'example:\n  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"\n')
+    sub = command("run", _run, "image and prompt in, text out; in ONNX Runtime on the CPU, or with engines on this machine's GPU",
+                  _RUN_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
@@ -169,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens whose probabilities reach this sum")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
+    sub.add_argument("--target", help="run this target's engines of the bundle (default: ONNX Runtime)")
 
     sub = command("serve", _serve, "an OpenAI-compatible chat endpoint with images, over HTTP", _SERVE_EXAMPLES)
     sub.add_argument("bundle", type=Path)
@@ -313,14 +333,19 @@ def _quantize(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from ecmfq_export.console import RichProgress
     from ecmfq_export.target import load_target
-    from ecmfq_export.workflow import Paths, build_engines, seal
+    from ecmfq_export.workflow import Paths, build_engines, seal, trtexec_lines
 
     target = load_target(args.target)
     out, err = _consoles()
+    if args.trtexec:
+        for part, line in trtexec_lines(args.bundle, target).items():
+            print(f"# {part}, in engines/{target.name}\n{line}")
+        return 0
     with RichProgress(err).running() as progress:
         path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False))
-    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": True})
-    out.print(f"engines: {path}", soft_wrap=True)
+    built = path in Paths(args.bundle).engine_folders("build")
+    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": built})
+    out.print(f"engines: {path}" if built else f"for the device to build its engines: {path}", soft_wrap=True)
     return 0
 
 
@@ -359,14 +384,17 @@ def _words(text: str | None) -> tuple[str, ...] | None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ecmfq_export.runtime.figures import figures
     from ecmfq_export.runtime.generate import Sampling
+    from ecmfq_export.target import load_target
     from ecmfq_export.workflow import open_generator
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    generator = open_generator(args.bundle, args.threads)
-    generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling,
-                       on_token=lambda text: print(text, end="", flush=True))
-    print()
+    generator = open_generator(args.bundle, args.threads, load_target(args.target) if args.target else None)
+    sample = generator.processor.sample(args.prompt, args.image)
+    (generation,) = generator.generate_batch([sample], args.max_new_tokens, lambda _, text: print(text, end="", flush=True), sampling)
+    print(flush=True)
+    print(figures(generation, generator.session), file=sys.stderr)
     return 0
 
 
@@ -379,6 +407,7 @@ def _serve(args: argparse.Namespace) -> int:
         from ecmfq_export.server.settings import Limits, Settings, read_keys
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs the package {error.name}", "pip install 'ecmfq-export[serve]'") from None
+    from ecmfq_export.target import load_target
     from ecmfq_export.workflow import Paths, open_generator
 
     given = {field.name: value for field in dataclasses.fields(Limits) if (value := getattr(args, field.name)) is not None}
@@ -389,7 +418,8 @@ def _serve(args: argparse.Namespace) -> int:
     manifest = Paths(args.bundle).onnx / "manifest.json"
     created = int(manifest.stat().st_mtime) if manifest.is_file() else 0
     key = "with an API key" if settings.keys else "without an API key"
-    serve(lambda: open_generator(args.bundle, args.threads, args.target), settings,
+    target = load_target(args.target) if args.target else None
+    serve(lambda: open_generator(args.bundle, args.threads, target), settings,
           lambda url: print(f"serving {name} at {url}/v1 {key}; Ctrl-C stops", flush=True), created)
     return 0
 

@@ -6,7 +6,8 @@ settings have not changed is skipped, an interrupted one continues where it can.
 The bundle::
 
     OUT/onnx/              decoder/model.onnx, vision/model.onnx, weights, tokenizer, runtime.json
-    OUT/engines/<target>/  decoder.engine, vision.engine, the plugin library, build logs
+    OUT/engines/<target>/  decoder.engine, vision.engine, the plugin library, build logs; for a device that builds its own engines
+                           the plugin library, build.sh and README.txt
     OUT/report/            report.json, report.html
     OUT/stages/            rotated, calibration, smoothing, quantized: what the bundle was made from; not needed on the device
     OUT/manifest.json      sha256 of every file outside stages/
@@ -16,20 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig, QuantConfig
-from ecmfq_export.errors import BuildError, UserError
+from ecmfq_export.errors import BundleError, UserError
 from ecmfq_export.file_hashes import remembered
 from ecmfq_export.progress import Progress
-from ecmfq_export.target import Target, load_target
+from ecmfq_export.target import Target
 
 if TYPE_CHECKING:
-    from ecmfq_export.engine.runner import Runner
     from ecmfq_export.runtime.generate import Generator
     from ecmfq_export.stages.resources import Resources
     from ecmfq_export.validate.evaluation.result import EvalResult
@@ -72,9 +71,11 @@ class Paths:
     def engines(self, target: Target) -> Path:
         return self.root / "engines" / target.name
 
-    def finished_engines(self) -> list[Path]:
-        """Engine directories that a build has completed, in the order of their names."""
-        return sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
+    def engine_folders(self, *stages: str) -> list[Path]:
+        """Finished directories under ``engines`` in the order of their names: of stage ``build`` (engines) or ``device`` (what a
+        device needs to build its own); of both where none is named."""
+        found = sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
+        return [path for path in found if bundle.read_manifest(path).stage in (stages or ("build", "device"))]
 
 
 def quantize_model(
@@ -177,10 +178,10 @@ def export(
                         "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
-    if build and target.engine.build == "on-device" and not is_this_device(target):
-        progress.note(f"engines for {target.name} are built on the device: copy the bundle there and run "
-                      f"'ecmfq-export build BUNDLE --target {target.name}'")
-        build = False
+    if build:
+        from ecmfq_export.engine.cross_compile import library_for
+
+        library_for(target, progress.note)
     needs = disk_need.export_needs(model, quant, target, output, build)
     if model.quantization is None:
         parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
@@ -194,7 +195,8 @@ def export(
             progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
         export_onnx(quantized, paths.onnx, target, export_config, progress)
         drop_stale_engines(paths, progress)
-        engines = build_engines(output, target, progress) if build else None
+        folder = build_engines(output, target, progress) if build else None
+        engines = folder if folder is not None and folder in paths.engine_folders("build") else None
         report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                           engines_dir=engines)
     seal(paths, {"target": target.name}, {"engines_built": engines is not None})
@@ -203,104 +205,64 @@ def export(
 
 def seal(paths: Paths, config: dict[str, Any], info: dict[str, Any]) -> None:
     """Write the bundle's own manifest over its finished parts."""
-    parts = ["onnx", "report", *(f"engines/{path.name}" for path in paths.finished_engines())]
+    parts = ["onnx", "report", *(f"engines/{path.name}" for path in paths.engine_folders())]
     bundle.write_bundle_manifest(paths.root, parts, config, info)
 
 
 def drop_stale_engines(paths: Paths, progress: Progress) -> None:
     """Delete engines that were built from other graphs than the bundle holds now: they would answer for another model."""
     graphs = bundle.fingerprint(paths.onnx)
-    for directory in paths.finished_engines():
-        if bundle.read_manifest(directory, "build").inputs.get("onnx") != graphs:
+    for directory in paths.engine_folders():
+        if bundle.read_manifest(directory).inputs.get("onnx") != graphs:
             progress.note(f"{directory} was built from other graphs and is deleted")
             shutil.rmtree(directory)
 
 
-def is_this_device(target: Target) -> bool:
-    """Whether this machine's GPU is the target's."""
-    from ecmfq_export.engine.device import current_device
-
-    device = current_device()
-    return device is not None and device.compute_capability in target.compute_capabilities
-
-
 def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verbose: bool = False) -> Path:
-    """Build the decoder's and the vision tower's engine of a bundle, and put the plugin library beside them.
+    """Engines of a bundle, or what a device needs to build them: :func:`ecmfq_export.engine.bundle_engines.build_engines`."""
+    from ecmfq_export.engine.bundle_engines import build_engines as build
 
-    Raises:
-        BuildError: this machine cannot build for the target, a build failed, or the engine that came out does not hold one
-            plugin node for each routed MoE layer.
-    """
-    from ecmfq_export.engine.build import build_engine
-    from ecmfq_export.engine.engine_file import expect_plugin_nodes
-    from ecmfq_export.engine.plugin_library import find_plugin_library, read_plugin_library
-    from ecmfq_export.engine.profiles import profile_shapes
-
-    onnx_dir = Paths(bundle_root).onnx
-    manifest = bundle.read_manifest(onnx_dir, "onnx")
-    bundle.verify(onnx_dir, manifest)
-    for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
-        if manifest.config[key] != wanted:
-            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config[key]}, target {target.name} needs {wanted}",
-                             f"export again with --target {target.name} (into another bundle to keep both)")
-    ranges = {name: tuple(values) for name, values in manifest.info["dim_ranges"].items()}
-    num_plugin_nodes = int(manifest.info["num_plugin_nodes"])
-    out_dir = Paths(bundle_root).engines(target)
-    library = find_plugin_library()
-    config = {"target": dataclasses.asdict(target), "ranges": manifest.info["dim_ranges"]}
-    inputs = {"onnx": bundle.fingerprint(onnx_dir), "plugin_library": bundle.sha256_file(library)}
-    if bundle.is_current(out_dir, "build", config, inputs):
-        progress.note(f"{out_dir}: up to date")
-        return out_dir
-    with bundle.write_stage(out_dir, "build", config, inputs) as (work, info):
-        if read_plugin_library(library).platform == target.platform:
-            shutil.copyfile(library, work / library.name)
-        else:
-            progress.note(f"{target.name} is a {target.platform} device: install ecmfq_export there for its plugin library")
-        for part in progress.track(("decoder", "vision"), f"build engines for {target.name}"):
-            graph = onnx_dir / part / "model.onnx"
-            engine = build_engine(graph, target, work / f"{part}.engine", profiles=profile_shapes(graph, ranges),
-                                  plugin_library=library, log_path=work / f"{part}.build.log", verbose=verbose)
-            expect_plugin_nodes(engine, num_plugin_nodes if part == "decoder" else 0)
-            info[part] = dataclasses.asdict(engine)
-    return out_dir
+    paths = Paths(bundle_root)
+    return build(paths.onnx, paths.engines(target), target, progress, verbose=verbose)
 
 
-def open_generator(bundle_root: Path, threads: int = 0, target: str | None = None) -> Generator:
+def trtexec_lines(bundle_root: Path, target: Target) -> dict[str, str]:
+    """Part to the exact trtexec line that builds its engine, to be run in the bundle's ``engines/<target>``."""
+    from ecmfq_export.engine.bundle_engines import engine_parts
+    from ecmfq_export.engine.device_kit import arguments_of
+    from ecmfq_export.engine.trtexec import trtexec_line
+
+    parts, _ = engine_parts(Paths(bundle_root).onnx, target)
+    return {name: trtexec_line(arguments) for name, arguments in arguments_of(parts, target).items()}
+
+
+def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = None) -> Generator:
     """The bundle's model, ready to answer; every file's hash is checked first.
 
     Args:
-        threads: of ONNX Runtime on the CPU; 0: all cores.
-        target: where given, the engines built for it run on this machine's GPU instead.
+        threads: of ONNX Runtime (0: all cores).
+        target: run its engines on this machine's GPU; None: the graphs in ONNX Runtime on the CPU.
 
     Raises:
-        BundleError: no bundle, no engines for the target, or a file that is missing or changed.
-        BuildError: no GPU that the engines run on.
+        BundleError: no bundle, a file that is missing or changed, or no engines for the target.
+        BuildError: this machine's GPU is not the target's.
     """
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.runtime.generate import Generator
 
-    onnx_dir = Paths(bundle_root).onnx
-    bundle.verify(onnx_dir, bundle.read_manifest(onnx_dir, "onnx"))
+    paths = Paths(bundle_root)
+    bundle.verify(paths.onnx, bundle.read_manifest(paths.onnx, "onnx"))
     if target is None:
-        return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
-    return Generator(onnx_dir, _engine_runners(bundle_root, load_target(target)))
-
-
-def _engine_runners(bundle_root: Path, target: Target) -> Callable[[Path], Runner]:
-    """Opens a graph's engine: ``decoder.engine`` for a graph in ``decoder/``."""
-    from ecmfq_export.engine.plugin_library import find_plugin_library
+        return Generator(paths.onnx, lambda path: OrtRunner(path, threads=threads))
     from ecmfq_export.engine.trt_runner import TrtRunner
 
-    engines = Paths(bundle_root).engines(target)
-    bundle.verify(engines, bundle.read_manifest(engines, "build"))
-    # An engine that was built for another platform carries no plugin library; this machine's own is loaded then.
-    embedded = any(engines.glob("libecmfq_plugin*"))
-
-    def open_engine(graph: Path) -> Runner:
-        return TrtRunner(engines / f"{graph.parent.name}.engine", target, plugin_library=None if embedded else find_plugin_library())
-
-    return open_engine
+    folder = paths.engines(target)
+    for engine in (folder / "decoder.engine", folder / "vision.engine"):
+        if not engine.is_file():
+            raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
+    # Engines that trtexec wrote are in no manifest; everything that is in one must be as it says.
+    bundle.verify(folder, bundle.read_manifest(folder))
+    return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 
 def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:
@@ -314,7 +276,7 @@ def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limi
     paths = Paths(bundle_root)
     manifest = bundle.read_manifest(bundle_root, "bundle")
     bundle.verify(bundle_root, manifest, [name for name in manifest.files if not name.startswith("report/")])
-    engines = paths.finished_engines()
+    engines = paths.engine_folders("build")
     quantized = paths.quantized if paths.quantized.is_dir() else model_dir
     if bundle.fingerprint(quantized) != bundle.read_manifest(paths.onnx, "onnx").inputs.get("model"):
         raise UserError(f"{bundle_root} was not exported from {quantized}",

@@ -31,7 +31,7 @@ OWN: dict[str, set[str]] = {
     "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
                "runtime.processor", "runtime.sample"},
     "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.kernel_layout", "quant.pack", "quant.qtensor"},
-    "engine": {"errors", "target", "bundle"},
+    "engine": {"errors", "target", "bundle", "progress"},
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
     "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
     "runtime": {"errors", "bundle", "engine.runner"},

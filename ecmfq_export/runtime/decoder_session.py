@@ -96,6 +96,11 @@ class DecoderSession:
         """Bytes of one prompt's static cache over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.max_seq_len * self.head_dim * np.dtype(self.dtype).itemsize
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory that the graphs hold on a device of their own; 0 on the CPU."""
+        return self._decoder.device_bytes + (self._vision.device_bytes if self._vision is not None else 0)
+
     def prefill(self, samples: Sequence[ProcessedSample]) -> tuple[np.ndarray, DecodeState]:
         """Run whole prompts (answers, where a sample has one, included).
 

@@ -97,7 +97,8 @@ def test_fields(server, name):
 
 
 BODIES = {
-    "nothing": b"", "half": b'{"model": "tiny", "messages": [', "list": b"[]", "text": b'"hi"', "NaN": body()[:-1] + b', "temperature": NaN}',
+    "nothing": b"", "half": b'{"model": "tiny", "messages": [', "list": b"[]", "text": b'"hi"',
+    "NaN": body()[:-1] + b', "temperature": NaN}',
     "deep": b"[" * 100_000, "Latin-1": '{"model": "\xe9"}'.encode("latin-1"), "large number": b'{"model": ' + b"9" * 5000 + b"}",
     "binary": bytes(range(256)),
 }  # fmt: skip
