@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
     args = parser.parse_args()
     rows = load_rows(args.rows / args.split, args.settings)
-    result = tabulate(rows) | {"split": args.split, "settings": args.settings}
+    result = {"split": args.split, "settings": args.settings, "columns": args.columns, **tabulate(rows)}
     text = page(result, args.columns)
     print(text)
     if args.json:
