@@ -188,8 +188,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
-    frequencies, then T; plain ones lie one behind the other; without sections the first axis owns all. The other half of head_dim repeats the same angles, which
-    RotaryEmbedding does by itself.
+    frequencies, then T; plain ones lie one behind the other; without sections the first axis owns all. The other half of head_dim
+    repeats the same angles, which RotaryEmbedding does by itself.
 
     Args:
         rope: kind, theta, sections and head_dim.
