@@ -111,6 +111,8 @@ def quantize_needs(model: MoEVLM, config: QuantConfig, prompts: Prompts | None, 
         scratch = spilled(chosen * prompts.tokens, hidden * (5 + 2 * kinds) + 2 * context + inputs)
         states = int(2 * 2 * hidden * _PADDING * chosen * prompts.tokens)
     quantized = sum(stored_bytes(model, name, config, rotated) for name in model.names())
+    # What is not run is copied, but for a rotated model.
+    quantized += 0 if rotated else sum(model.checkpoint.entry(name).num_bytes for name in model.unused)
     needs.append(StageNeed("quantize", out_dir, quantized, scratch + states))
     return needs
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models import glm4v_moe, kimi_vision, kimi_vl, qwen3_omni_moe, qwen3_vl_moe
+from ecmfq_export.models.family_facts import REFUSED
 from ecmfq_export.models.float_source import ExpertPart
 from ecmfq_export.models.spec import ModelSpec
 
@@ -169,5 +170,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     family = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnsupportedError(f"model_type {model_type!r} is not supported", f"supported: {', '.join(sorted(SUPPORTED))}")
+        reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
+        raise UnsupportedError(f"model_type {model_type!r} is not supported" + (f": {reason}" if reason else ""),
+                               f"supported: {', '.join(sorted(SUPPORTED))}")
     return family

@@ -118,9 +118,9 @@ class QwenPreprocessor:
 
 
 class GlmPreprocessor(QwenPreprocessor):
-    """GLM-4.1V's image processor: Qwen2-VL's with other rules for the size."""
+    """GLM-4.1V's image processor, which GLM-4.5V and GLM-4.6V use: Qwen2-VL's with other rules for the size."""
 
-    KINDS = ("Glm4vImageProcessor", "Glm4vImageProcessorFast", "Glm4vImageProcessorPil")
+    KINDS = tuple(f"{name}ImageProcessor{form}" for name in ("Glm4v", "Glm46V") for form in ("", "Fast", "Pil"))
     SETTINGS = tuple(name for name in QwenPreprocessor.SETTINGS if name not in ("min_pixels", "max_pixels"))
 
     image_token = "<|image|>"
