@@ -40,6 +40,7 @@ def _whole(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+StopText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_whole)]
 
 
 class TextPart(_Strict):
@@ -90,7 +91,7 @@ class ChatRequest(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], BeforeValidator(_texts), Field(max_length=4)] = []
+    stop: Annotated[list[StopText], BeforeValidator(_texts), Field(max_length=4)] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

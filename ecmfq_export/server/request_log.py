@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
 """Status in the log and the counts for a client that did not wait; nobody receives it."""
-_DISCARD_SECONDS = 5.0
+_DISCARD_SECONDS = 2.0
 
 
 class RequestLog:

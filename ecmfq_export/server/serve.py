@@ -29,7 +29,7 @@ class ChatServer(uvicorn.Server):
         limits = chat.settings.limits
         super().__init__(uvicorn.Config(
             create_app(chat), http="h11", ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
-            proxy_headers=False, server_header=False, limit_concurrency=limits.max_connections,
+            proxy_headers=False, server_header=False, limit_concurrency=limits.max_connections + 1,
             timeout_graceful_shutdown=max(1, round(chat.settings.grace)),
         ))  # fmt: skip
         self._chat, self._on_ready = chat, on_ready

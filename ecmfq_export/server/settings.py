@@ -41,7 +41,7 @@ class Limits:
     body_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        least = {"queue": 0, "max_images": 0, "max_prompt_tokens": 0, "max_new_tokens": 0}
+        least = {"queue": 0, "max_images": 0, "max_prompt_tokens": 0, "max_new_tokens": 0, "body_seconds": 0.1}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not value >= least.get(field.name, 1):

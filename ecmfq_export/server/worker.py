@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 
-from ecmfq_export.runtime.generate import Generator
+from ecmfq_export.runtime.generate import Generation, Generator
 from ecmfq_export.server.api_error import ApiError
 from ecmfq_export.server.job import Cancelled, Job
 from ecmfq_export.server.metrics import Metrics
@@ -138,14 +138,14 @@ class ModelWorker:
                     return
                 job, place = self._waiting.popleft()
                 self._running = job
-            try:
-                self._answer(job)
-            finally:
-                with self._condition:
-                    self._running = None
-                place.release()
+            end = self._answer(job)
+            with self._condition:
+                self._running = None
+            # Before the client learns of the end: it may have the next request ready.
+            place.release()
+            job.put(end)
 
-    def _answer(self, job: Job) -> None:
+    def _answer(self, job: Job) -> Generation | ApiError | Cancelled:
         job.started = time.monotonic()
 
         def on_token(_row: int, piece: str) -> None:
@@ -158,12 +158,11 @@ class ModelWorker:
         except Exception:
             # The request passed every check, so this is the model's fault or ours: the log has it all, the client only that.
             log.exception("%s failed", job.id)
-            job.put(ApiError(500, f"the model failed; the server's log says more under {job.id}"))
-            return
+            return ApiError(500, f"the model failed; the server's log says more under {job.id}")
         seconds = time.monotonic() - job.started
         self._seconds += 0.2 * (seconds - self._seconds)
         self._metrics.answered(result, queue_seconds=job.started - job.submitted)
-        job.put(Cancelled() if result.stop == "cancelled" else result)
+        return Cancelled() if result.stop == "cancelled" else result
 
 
 def _stopping() -> ApiError:

@@ -11,13 +11,8 @@ from typing import Any
 
 import pytest
 
-from ecmfq_export.config import ExportConfig
 from ecmfq_export.engine.ort_runner import OrtRunner
-from ecmfq_export.graph.pipeline import export_onnx
-from ecmfq_export.progress import Silent
 from ecmfq_export.runtime.generate import Generator
-from ecmfq_export.target import load_target
-from tests.tiny_models import make_qwen3_vl_moe
 
 CONTEXT = 384
 
@@ -25,6 +20,16 @@ CONTEXT = 384
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what `run` and `serve` read of a bundle. The model writes noise and broken UTF-8, but always the same."""
+    import os  # DEV
+    if os.environ.get("ECMFQ_DEV_BUNDLE"):  # DEV
+        return Path(os.environ["ECMFQ_DEV_BUNDLE"])  # DEV
+    # Imported here: they bring torch, which a part of these tests can do without.
+    from ecmfq_export.config import ExportConfig
+    from ecmfq_export.graph.pipeline import export_onnx
+    from ecmfq_export.progress import Silent
+    from ecmfq_export.target import load_target
+    from tests.tiny_models import make_qwen3_vl_moe
+
     root = tmp_path_factory.mktemp("serve") / "tiny"
     checkpoint = make_qwen3_vl_moe(tmp_path_factory.mktemp("model"), seed=3)
     export_onnx(checkpoint, root / "onnx", load_target("rtx"), ExportConfig(max_seq_len=CONTEXT), Silent(), dtype="float32")

@@ -26,7 +26,9 @@ def test_start_ask_stop(bundle_dir, tmp_path):
     try:
         line = process.stdout.readline()
         url = re.fullmatch(r"serving tiny at (http://127\.0\.0\.1:\d+)/v1 with an API key; Ctrl-C stops\n", line)
-        assert url, line + process.stderr.read()
+        if url is None:
+            process.kill()
+            pytest.fail(line + process.stderr.read())
         assert post(url[1], body())[0] == 401
         assert post(url[1], body(), {"Authorization": "Bearer the-key"})[0] == 200
         status, _, answer = post(url[1], body(max_tokens=6), {"Authorization": "Bearer the-key"})

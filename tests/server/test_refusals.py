@@ -98,8 +98,8 @@ def test_fields(server, name):
 
 BODIES = {
     "nothing": b"", "half": b'{"model": "tiny", "messages": [', "list": b"[]", "text": b'"hi"',
-    "NaN": body()[:-1] + b', "temperature": NaN}',
-    "deep": b"[" * 100_000, "Latin-1": '{"model": "\xe9"}'.encode("latin-1"), "large number": b'{"model": ' + b"9" * 5000 + b"}",
+    "NaN": body()[:-1] + b', "temperature": NaN}', "deep": b"[" * 100_000,
+    "Latin-1": '{"model": "\xe9"}'.encode("latin-1"), "large number": b'{"model": ' + b"9" * 5000 + b"}",
     "binary": bytes(range(256)),
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_urls_and_methods(server):
     assert status == 404 and answer["error"]["code"] == "unknown_url"
     status, headers, answer = post(server.url, None, method="GET")
     assert status == 405 and headers["allow"] == "POST" and answer["error"]["type"] == "invalid_request_error"
-    status, _, answer = post(server.url, None, path="/v1/chat/completions%0d%0aX: y", method="GET")
+    status, _, answer = post(server.url, None, path="/v1/chat/completions%0d%0aX:y", method="GET")
     assert status == 404
 
 
@@ -152,8 +152,7 @@ def test_size_is_bounded_with_and_without_a_length(strict):
     for data in (large, iter([large[:1000], large[1000:]])):
         status, _, answer = post(strict.url, data)
         assert status == 413 and answer["error"]["code"] == "request_too_large"
-    with begin(strict.url, b"x", length=10**30) as connection:
-        connection.shutdown(1)
+    with begin(strict.url, b"x", length=10**15) as connection:
         assert status_of(connection) == 413
     assert post(strict.url, body(user="x" * 1500))[0] == 200
 
