@@ -98,6 +98,11 @@ class WeightedHessian:
         return self.matrix.sum(0), None if self.cross is None else self.cross.sum(0)
 
 
+def accumulation_bytes(columns: int, cross: bool) -> int:
+    """Working memory of :meth:`WeightedHessian.add` for each thread."""
+    return 4 * ROW_BLOCK * columns * (2 + cross)
+
+
 def shrinkage(n_eff: torch.Tensor, kappa: float) -> torch.Tensor:
     """Share b = kappa / (n_eff + kappa) of the shared Hessian, float32 [E]; 1 for an expert without tokens."""
     return torch.where(n_eff > 0, kappa / (n_eff + kappa), torch.ones_like(n_eff)).float()

@@ -34,14 +34,15 @@ class RoundingSettings:
 
 
 def quantize_weight(
-    weight: torch.Tensor, hessian: WeightedHessian, settings: RoundingSettings, target: torch.Tensor | None = None
+    weight: torch.Tensor, hessian: WeightedHessian, settings: RoundingSettings, target: torch.Tensor | None = None,
+    target_cross: torch.Tensor | None = None,
 ) -> QTensor:
-    """Quantize [E, N, K] as `settings` say; `target` as :func:`quantize_faq`.
+    """Quantize [E, N, K] as `settings` say; `target` and `target_cross` as :func:`quantize_faq`.
 
     Rounding to nearest looks at the Hessian for the ``output`` clip only; its ``mse`` clip is that of the plain weights.
     """
     if settings.rounding == "gptq":
-        return quantize_faq(weight, hessian, settings.faq, target=target)
+        return quantize_faq(weight, hessian, settings.faq, target, target_cross)
     bits, group_size = settings.faq.num_bits, settings.faq.group_size
     if settings.clip == "output":
         scale, multiplier = awq.choose_clip(weight, hessian.matrix, bits, group_size, settings.faq.max_bytes)
