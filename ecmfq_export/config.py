@@ -61,6 +61,8 @@ class QuantConfig:
         rotate_values: whether values are rotated within attention heads too; needs `rotate`.
         holdout_fraction: fraction of the selected samples kept out of every search, for its gate, where the method has one.
         seed: of every random choice.
+        expert_memory_gb: memory in GB (1e9 bytes) for rounding a layer's experts, beside the weights and the activations: as many
+            experts' Hessians as fit are built and used at a time. It changes time only, no result, and no stage is run again for it.
     """
 
     method: Method = "ecmfq"
@@ -89,6 +91,7 @@ class QuantConfig:
     rotate_values: bool = False
     holdout_fraction: float = 0.25
     seed: int = 0
+    expert_memory_gb: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
             "shrinkage_kappa": config.shrinkage_kappa >= 0.0 or config.shrinkage_kappa == -1.0,
             "holdout_fraction": 0.0 < config.holdout_fraction < 1.0,
             "seed": config.seed >= 0,
+            "expert_memory_gb": 0.0 < config.expert_memory_gb < float("inf"),
         }
     else:
         checks = {

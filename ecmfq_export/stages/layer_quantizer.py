@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from ecmfq_export.quant.rounding import RoundingSettings, quantize_weight, relat
 from ecmfq_export.quant.token_weights import Weighting, combine, cross_modal_scores, fusion_weight
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.attention_view import LinearGroup
+from ecmfq_export.stages.expert_chunks import ChunkSettings, RoutedBatch, round_down, round_gate_up
 from ecmfq_export.stages.methods import resolve
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack
@@ -78,33 +79,23 @@ class LayerQuantizer:
         bits = mlp_bits(layer.spec, self._config)
         if bits is None:
             return layer
-        settings = self._settings(bits, mlp_group_size(layer.spec, self._config))
+        if not bool(self.tokens.any()):
+            self._count_tokens(layer, weighting)
         gate_up, down = mlp_view.stacked_weights(self._layer)
-        hessian = WeightedHessian(*gate_up.shape[::2], cross=self._cross)
-        count = not bool(self.tokens.any())
-        for store, batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
-            routed = mlp_view.route(layer, x)
-            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, store, routed), routed.token,
-                        reference if self._cross else None)
-            if count:
-                types = batch.types[batch.valid][routed.token]
-                self.tokens += torch.bincount(2 * routed.expert + types, minlength=self.tokens.numel()).view_as(self.tokens)
-        quantized = quantize_weight(gate_up, hessian, settings)
-        errors["gate_up"] = relative_error(gate_up, quantized, hessian.matrix)
-        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantized))
-        del hessian
-        hessian = WeightedHessian(*down.shape[::2], cross=self._cross)
-        spread: list[torch.Tensor] = []
-        for store, batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
-            routed = mlp_view.route(layer, x)
-            inner = fake_quantize_per_token(mlp_view.intermediate(layer, x, routed))
-            hessian.add(inner, routed.expert, self._weights(weighting, batch, store, routed),
-                        reference=mlp_view.intermediate(self._layer, reference, routed) if self._cross else None)
-            spread.append(x)
         shrinks = self._parts.rounding == "gptq" and self._parts.kappa > 0.0
-        target = self._spread_hessian(layer, torch.cat(spread), hessian) if shrinks else None
-        quantized = quantize_weight(down, hessian, settings, target=target)
-        errors["down"] = relative_error(down, quantized, hessian.matrix)
+        settings = ChunkSettings(self._settings(bits, mlp_group_size(layer.spec, self._config)), self._cross, shrinks,
+                                 int(self._config.expert_memory_gb * 1e9))
+        attended = layer
+
+        def batches() -> Iterator[RoutedBatch]:
+            for store, batch, x, reference in self._moe_inputs(attended, self._middle_name(weighting)):
+                routed = mlp_view.route(attended, x)
+                yield RoutedBatch(x, reference, routed, self._weights(weighting, batch, store, routed))
+
+        quantized, errors["gate_up"] = round_gate_up(layer, gate_up, batches, settings)
+        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantized))
+        spread = self._spread(torch.cat([batch.x for batch in batches()])) if shrinks else None
+        quantized, errors["down"] = round_down(layer, self._layer, down, batches, spread, settings)
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
 
     def refit(self, weighting: Weighting, layer: DecoderLayer) -> DecoderLayer:
@@ -186,7 +177,7 @@ class LayerQuantizer:
     def _quantize_group(self, layer: DecoderLayer, group: LinearGroup, kind: Weighting, bits: int) -> dict[str, QTensor]:
         """One group of projections; in `layer` the groups before it are quantized."""
         weight = attention_view.stacked_weight(self._layer, group)
-        hessian = WeightedHessian(1, weight.shape[-1], cross=self._cross)
+        hessian = WeightedHessian(1, weight.shape[-1], self._cross, "operators")
         for store, batch in self._in_hessians():
             if group is self._groups[-1]:
                 x, reference = (store.get(f"layer.{name}/{batch.index}") for name in ("context.q", "context"))
@@ -195,11 +186,12 @@ class LayerQuantizer:
                                 for side, stream in ((layer, "q"), (self._layer, "fp")))
             self._add_dense(hessian, x, reference, kind, batch, store)
         settings = self._settings(bits, -1)
+        settings = replace(settings, faq=replace(settings.faq, threads="operators"))
         if self._parts.align_routing and group is self._groups[-1] and isinstance(layer.spec.mlp, MoESpec):
             quantized = self._aligned(layer, group, weight, hessian, settings)
         else:
             quantized = quantize_weight(weight, hessian, settings)
-        self._attention_errors[kind][group.name] = relative_error(weight, quantized, hessian.matrix)
+        self._attention_errors[kind][group.name] = relative_error(weight, quantized, hessian.matrix, threads="operators")
         return attention_view.named_weights(self._layer, group, mlp_view.unstack(quantized))
 
     def _aligned(
@@ -246,19 +238,16 @@ class LayerQuantizer:
         return combine(weighting, rho[routed.token], routed.gate, phi[routed.token], self._config.gate_power,
                        mlp_view.probability(routed))
 
-    def _spread_hessian(self, layer: DecoderLayer, x: torch.Tensor, own: WeightedHessian) -> torch.Tensor:
-        """What each expert's down projection reads from a sample of all the layer's tokens, [E, I, I].
+    def _count_tokens(self, layer: DecoderLayer, weighting: Weighting) -> None:
+        for _, batch, x, _ in self._moe_inputs(layer, self._middle_name(weighting)):
+            routed = mlp_view.route(layer, x)
+            types = batch.types[batch.valid][routed.token]
+            self.tokens += torch.bincount(2 * routed.expert + types, minlength=self.tokens.numel()).view_as(self.tokens)
 
-        Experts have channels of their own there, so a sum over experts would mean nothing.
-        """
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        """A sample of all the layer's tokens."""
         generator = torch.Generator().manual_seed(self._config.seed * 104729 + self._index)
-        chosen = x[torch.randperm(len(x), generator=generator, device="cpu")[:SPREAD_TOKENS].to(x.device)]
-        total = WeightedHessian(*own.matrix.shape[:2])
-        for some in chosen.split(64):
-            routed = mlp_view.route_everywhere(layer, some)
-            inner = fake_quantize_per_token(mlp_view.intermediate(layer, some, routed))
-            total.add(inner, routed.expert, torch.ones(len(inner)))
-        return total.matrix
+        return x[torch.randperm(len(x), generator=generator, device="cpu")[:SPREAD_TOKENS].to(x.device)]
 
     def _settings(self, bits: int, group_size: int) -> RoundingSettings:
         config, parts = self._config, self._parts

@@ -16,6 +16,7 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.progress import Silent
+from ecmfq_export.quant.expert_memory import plan_experts
 from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.quant.rtn import quantize_rtn
 from ecmfq_export.stages.calibration import load_calibration
@@ -51,6 +52,42 @@ def test_result_reads_back_with_its_recipes_and_figures(quantized):
     assert info["heldout_kl"] == info["layers"][-1]["kl"][info["layers"][-1]["weighting"]]
     assert 0.25 < info["quantized_bytes"] / info["quantized_bytes_in_16_bits"] < 0.5
     assert not [name for name in file_hashes(quantized) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_memory_for_experts_changes_no_byte_and_no_stage(tiny, calibrated, smoothed, quantized, tmp_path, part):
+    """One expert at a time, and a few: the checkpoint of all experts at a time."""
+    spec = open_model(tiny).spec
+    mlp, hidden = spec.layers[0].mlp, spec.hidden_size
+    sizes = ((2 * mlp.intermediate_size, hidden, True, False), (hidden, mlp.intermediate_size, False, True))
+
+    def chunks(limit: float) -> list[int]:
+        return [plan_experts(mlp.num_experts, rows, columns, cross=True, shared=shared, own_target=own, limit=int(limit)).chunk
+                for rows, columns, shared, own in sizes]
+
+    def smallest(wanted: int) -> float:
+        limit = 1e4
+        while True:
+            try:
+                if min(chunks(limit)) >= wanted:
+                    return limit
+            except UserError:
+                pass
+            limit *= 1.01
+
+    limit = smallest(1) + part * (smallest(mlp.num_experts) - smallest(1))
+    assert min(chunks(limit)) < mlp.num_experts and (min(chunks(limit)) == 1) == (part == 0.0)
+    few = replace(SETTINGS, expert_memory_gb=limit / 1e9)
+    out = quantize(tiny, calibrated, smoothed, tmp_path / "quantized", few, Silent())
+    assert file_hashes(out) == file_hashes(quantized)
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    quantize(tiny, calibrated, smoothed, out, SETTINGS, Silent())
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_no_memory_for_one_expert_is_said_in_numbers(tiny, calibrated, smoothed, tmp_path):
+    with pytest.raises(UserError, match="one expert of .* takes .* GB .* expert_memory_gb allows 1e-06"):
+        quantize(tiny, calibrated, smoothed, tmp_path / "quantized", replace(SETTINGS, expert_memory_gb=1e-6), Silent())
 
 
 def test_same_seed_same_bytes_and_up_to_date_is_skipped(tiny, calibrated, smoothed, quantized, tmp_path):
