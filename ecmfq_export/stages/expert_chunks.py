@@ -21,6 +21,7 @@ from ecmfq_export.quant.qtensor import QTensor, cat_experts
 from ecmfq_export.quant.rounding import RoundingSettings, quantize_weight, relative_error
 from ecmfq_export.stages import mlp_view
 from ecmfq_export.stages.mlp_view import Routed
+from ecmfq_export.stages.ranks import ALONE, Ranks
 
 _EXPERTS = 16
 """Experts that a thread computes between two looks at what is left."""
@@ -55,12 +56,14 @@ class ChunkSettings:
         cross: whether the cross term is kept.
         shrinks: whether experts with few tokens lean on others.
         memory: bytes beside weights, activations and results; where the layer has one MLP only it takes what it needs.
+        ranks: processes that share the experts; each builds its own experts' Hessians, and every one gets all results.
     """
 
     rounding: RoundingSettings
     cross: bool
     shrinks: bool
     memory: int
+    ranks: Ranks = ALONE
 
 
 def round_gate_up(layer: DecoderLayer, weight: torch.Tensor, batches: Batches, settings: ChunkSettings) -> tuple[QTensor, torch.Tensor]:
@@ -127,7 +130,15 @@ def _round(
         quantized.append(quantize_weight(weight[part], found, rounding, matrix, cross))
         errors.append(relative_error(weight[part], quantized[-1], found.matrix, rounding.faq.max_bytes, rounding.faq.threads))
         del found, matrix, cross  # before the next chunk's
-    return cat_experts(quantized), torch.cat(errors)
+    whole = cat_experts(quantized), torch.cat(errors)
+    return whole if settings.ranks.size == 1 or not isinstance(layer.spec.mlp, MoESpec) else _gathered(*whole, len(weight), settings.ranks)
+
+
+def _gathered(own: QTensor, errors: torch.Tensor, experts: int, ranks: Ranks) -> tuple[QTensor, torch.Tensor]:
+    """All ranks' experts in their order."""
+    multiplier = None if own.group_multiplier is None else ranks.gather(own.group_multiplier, experts)
+    quantized = QTensor(ranks.gather(own.qvalue, experts), ranks.gather(own.scale, experts), own.num_bits, own.group_size, multiplier)
+    return quantized, ranks.gather(errors, experts)
 
 
 def _chunks(
@@ -141,12 +152,14 @@ def _chunks(
         return
     plan = plan_experts(experts, rows, columns, cross=settings.cross, shared=shared, own_target=own_target, limit=settings.memory)
     rounding = replace(rounding, faq=replace(rounding.faq, max_bytes=plan.working_bytes))
-    for start in range(0, experts, plan.chunk):
-        yield slice(start, min(start + plan.chunk, experts)), rounding
+    mine = settings.ranks.share(experts)
+    for start in range(mine.start, mine.stop, plan.chunk):
+        yield slice(start, min(start + plan.chunk, mine.stop)), rounding
 
 
 def _threads(layer: DecoderLayer) -> Threads:
-    return "experts" if isinstance(layer.spec.mlp, MoESpec) else "operators"
+    on_host = all(tensor.device.type == "cpu" for tensor in layer.tensors.values())
+    return "experts" if on_host and isinstance(layer.spec.mlp, MoESpec) else "operators"
 
 
 def _empty(layer: DecoderLayer, weight: torch.Tensor, part: slice, settings: ChunkSettings) -> WeightedHessian:

@@ -21,6 +21,7 @@ from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.attention_view import LinearGroup
 from ecmfq_export.stages.expert_chunks import ChunkSettings, RoutedBatch, round_down, round_gate_up
 from ecmfq_export.stages.methods import resolve
+from ecmfq_export.stages.ranks import ALONE, Ranks
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack
 
@@ -49,6 +50,7 @@ class LayerQuantizer:
         train, heldout: streams; only `train` enters Hessians until :meth:`refit`.
         rho: float [2], weight of text and vision tokens.
         config: settings.
+        ranks: processes that share the routed experts.
 
     Attributes:
         errors: by weighting, then by group (the attention's, ``gate_up``, ``down``): each expert's relative output error on the
@@ -57,10 +59,11 @@ class LayerQuantizer:
     """
 
     def __init__(
-        self, layer: DecoderLayer, index: int, train: Stream, heldout: Stream, rho: torch.Tensor, config: QuantConfig
+        self, layer: DecoderLayer, index: int, train: Stream, heldout: Stream, rho: torch.Tensor, config: QuantConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._layer, self._index, self._rho, self._config = layer, index, rho, config
-        self._parts = resolve(config)
+        self._parts, self._ranks = resolve(config), ranks
         self._cross = self._parts.cross_strength > 0.0
         self.errors: dict[Weighting, dict[str, torch.Tensor]] = {}
         self.tokens = torch.zeros(mlp_view.num_experts(layer), 2, dtype=torch.int64)
@@ -84,7 +87,7 @@ class LayerQuantizer:
         gate_up, down = mlp_view.stacked_weights(self._layer)
         shrinks = self._parts.rounding == "gptq" and self._parts.kappa > 0.0
         settings = ChunkSettings(self._settings(bits, mlp_group_size(layer.spec, self._config)), self._cross, shrinks,
-                                 int(self._config.expert_memory_gb * 1e9))
+                                 int(self._config.expert_memory_gb * 1e9), self._ranks)
         attended = layer
 
         def batches() -> Iterator[RoutedBatch]:

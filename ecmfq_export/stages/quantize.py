@@ -15,6 +15,7 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
+from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.qtensor import QTensor
@@ -70,6 +71,9 @@ def quantize(
     if model.quantization is not None:
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
+    fewest = min((layer.mlp.total_experts for layer in model.spec.layers if isinstance(layer.mlp, MoESpec)), default=1)
+    if ranks.size > fewest:
+        raise UserError(f"{ranks.size} processes share layers of {fewest} experts", f"start at most {fewest} (torchrun --nproc-per-node)")
     if model.unused:
         progress.note(model.unused_note("copied unchanged into the quantized checkpoint"))
     with ranks.write_stage(out_dir, "quantize", settings, inputs) as (work, info):
@@ -190,7 +194,7 @@ class _Run:
     ) -> tuple[DecoderLayer, dict[str, Any]]:
         """Quantize one layer, keep the best weighting, and move both streams behind it; the layer in host memory and its log entry."""
         folded = self._folded(index)
-        quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
+        quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config, self._resources.ranks)
         wanted = self._parts.weightings
         judged = len(wanted) > 1 or index + 1 == self._model.spec.num_layers
         candidates: dict[Weighting, DecoderLayer] = {weighting: quantizer.quantize(weighting) for weighting in wanted}

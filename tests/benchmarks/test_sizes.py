@@ -38,6 +38,11 @@ def test_fewer_layers_keep_every_shape() -> None:
     assert (spec.hidden_size, spec.vocab_size) == (full.hidden_size, full.vocab_size)
 
 
+def test_small_shapes_are_a_model_too() -> None:
+    spec = family_of(checkpoint.CONFIG).read_spec(checkpoint.config_of(4, small=True))
+    assert spec.num_layers == 4 and spec.num_deepstack == 3 and spec.hidden_size == 512
+
+
 def test_a_written_checkpoint_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer itself, on a config of small numbers."""
     config = checkpoint.config_of(2)
@@ -46,7 +51,7 @@ def test_a_written_checkpoint_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                               "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}}
     config["vision_config"] |= {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
                                 "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-    monkeypatch.setattr(checkpoint, "config_of", lambda layers: config)
+    monkeypatch.setattr(checkpoint, "config_of", lambda layers, small: config)
     model = open_model(checkpoint.write_checkpoint(tmp_path / "model", 2))
     assert model.spec.num_layers == 2 and len(list((tmp_path / "model").glob("*.safetensors"))) == 3
     experts = model.tensor("layers.1.mlp.experts.gate_up_proj")

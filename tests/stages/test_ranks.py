@@ -21,7 +21,8 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import UserError
 from ecmfq_export.progress import Silent
 from ecmfq_export.stages import calibrate as calibrate_stage
-from ecmfq_export.stages import streams
+from ecmfq_export.stages import expert_chunks, streams
+from ecmfq_export.stages import quantize as quantize_stage
 from ecmfq_export.stages.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from ecmfq_export.stages.resources import Resources
 from tests.stages.common import SETTINGS, file_hashes
@@ -87,11 +88,22 @@ def test_two_ranks_give_the_bytes_of_one(change: dict, tiny, pool, tmp_path, sma
             file.write(f"{layer.spec.index} {batch.index}\n")
         score(model, layer, place, projection, batch, *rest)
 
+    quantize_weight = expert_chunks.quantize_weight
+
+    def count(weight, *rest, **named):
+        with (tmp_path / f"quantized.{os.environ['RANK']}").open("a") as file:
+            file.write(f"{len(weight)}\n")
+        return quantize_weight(weight, *rest, **named)
+
     monkeypatch.setattr(calibrate_stage, "_score_batch", note)
+    monkeypatch.setattr(expert_chunks, "quantize_weight", count)
     assert run_ranks(2, partial(run, tiny, pool, tmp_path / "two", config)) == [0, 0]
     assert results(tmp_path / "two") == results(tmp_path / "one") and len(results(tmp_path / "one")) == 3
     first, second = ({tuple(map(int, line.split())) for line in (tmp_path / f"scored.{rank}").read_text().splitlines()} for rank in (0, 1))
     assert len(second) >= 4 and not first & second
+    for rank in (0, 1):
+        shares = [int(line) for line in (tmp_path / f"quantized.{rank}").read_text().split()]
+        assert sum(shares) == 2 * 2 * 4, "of 8 experts, gate-up and down of two layers, each rank has half"
     assert not list((tmp_path / "two").rglob(".activations*"))
 
 
@@ -151,6 +163,18 @@ def test_parts_and_sums(tmp_path) -> None:
 
     assert run_ranks(3, action) == [0, 0, 0]
     assert [Ranks(r, 3).share(5) for r in range(3)] == [slice(0, 1), slice(1, 3), slice(3, 5)]
+
+
+def test_more_processes_than_experts(tiny, pool, tmp_path) -> None:
+    with pytest.raises(UserError, match="9 processes share layers of 8 experts"):
+        quantize_stage.quantize(tiny, None, None, tmp_path / "q", QuantConfig(method="rtn"), Silent(), Resources(ranks=_Nobody(0, 9)))
+
+
+class _Nobody(Ranks):
+    """Ranks that never meet."""
+
+    def from_first(self, make):
+        return make()
 
 
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
