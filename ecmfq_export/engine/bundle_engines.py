@@ -41,14 +41,19 @@ def build_engines(onnx_dir: Path, out_dir: Path, target: Target, progress: Progr
     """
     parts, manifest = engine_parts(onnx_dir, target)
     needs, device = total_needs(parts), current_device()
-    here = device is not None and device.compute_capability in target.compute_capabilities
-    own = device.memory_bytes if device is not None and here else None
+    own = device.memory_bytes if device is not None and device.compute_capability in target.compute_capabilities else None
     progress.note(f"memory: {needs}; {target.name} leaves {target.limits.memory_bytes / 2**30:.1f} GiB to engines"
                   + (f", this device has {own / 2**30:.1f}" if own else ""))
     check_memory(needs, target, own, "the engines need")
-    if target.engine.build == "host-aot" or here:
+    if builds_here(target):
         return _build(onnx_dir, out_dir, target, parts, manifest, progress, verbose)
     return _prepare(onnx_dir, out_dir, target, parts, manifest, progress)
+
+
+def builds_here(target: Target) -> bool:
+    """Whether this machine makes the target's engines: any does ahead of time, only the device itself where it builds its own."""
+    device = current_device()
+    return target.engine.build == "host-aot" or device is not None and device.compute_capability in target.compute_capabilities
 
 
 def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundle.Manifest]:
