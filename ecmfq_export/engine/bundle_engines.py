@@ -14,7 +14,14 @@ from ecmfq_export.engine.device import current_device
 from ecmfq_export.engine.device_kit import Part, runs_on_oldest, total_needs, write_kit
 from ecmfq_export.engine.engine_file import expect_plugin_nodes
 from ecmfq_export.engine.memory import check_memory, memory_needs
-from ecmfq_export.engine.plugin_library import LIBRARY_NAME, check_plugin_library, find_plugin_library, host_platform, read_plugin_library
+from ecmfq_export.engine.plugin_library import (
+    LIBRARY_NAME,
+    LOCAL_LIBRARY_NAME,
+    check_plugin_library,
+    find_plugin_library,
+    host_platform,
+    read_plugin_library,
+)
 from ecmfq_export.engine.profiles import decode_ranges, profile_shapes
 from ecmfq_export.engine.trtexec import TIMING_CACHE
 from ecmfq_export.errors import BuildError
@@ -124,7 +131,7 @@ def _build(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Pa
 
 
 def _shipped_library(out_dir: Path, target: Target, progress: Progress) -> Path | None:
-    """The library that the bundle carries for the device it is built on, where this device's driver loads it.
+    """The library for the device it is built on: compiled there (``LOCAL_LIBRARY_NAME``), or the bundle's where the driver loads it.
 
     Raises:
         BuildError: its hash is not the manifest's.
@@ -132,6 +139,10 @@ def _shipped_library(out_dir: Path, target: Target, progress: Progress) -> Path 
     device = current_device()
     if target.engine.build != "on-device" or device is None or not (out_dir / bundle.MANIFEST).is_file():
         return None
+    local = out_dir / LOCAL_LIBRARY_NAME
+    if local.is_file():
+        progress.note(f"{local} is taken: it was compiled on this device")
+        return check_plugin_library(local).path
     library = check_plugin_library(out_dir / LIBRARY_NAME, bundle.read_manifest(out_dir).files.get(LIBRARY_NAME))
     try:
         check_driver(library, device)

@@ -16,7 +16,7 @@ import numpy as np
 from ecmfq_export.engine.bound_engine import BoundEngine, Context, Shape
 from ecmfq_export.engine.cuda_runtime import CudaRuntime
 from ecmfq_export.engine.device import current_device
-from ecmfq_export.engine.plugin_library import LIBRARY_NAME
+from ecmfq_export.engine.plugin_library import LIBRARY_NAME, LOCAL_LIBRARY_NAME
 from ecmfq_export.engine.trt_module import LogLines, load_module, make_logger
 from ecmfq_export.errors import BuildError
 from ecmfq_export.target import Target
@@ -28,8 +28,8 @@ class TrtRunner:
     Args:
         path: the engine.
         target: what it was built for.
-        plugin_library: for an engine that does not embed it; None: ``libecmfq_plugin.so`` beside the engine, where the target
-            has it there.
+        plugin_library: for an engine that does not embed it; None: the one beside the engine, where the target has it there (one
+            that was compiled on the device first).
         graphs: replay repeated decode steps as CUDA graphs.
 
     Raises:
@@ -43,9 +43,9 @@ class TrtRunner:
             raise BuildError(f"{path} needs a GPU of compute capability {list(target.compute_capabilities)}; found: {found}",
                              "without a GPU, ONNX Runtime runs the bundle: ecmfq-export run")
         self._cuda = CudaRuntime()
-        beside = Path(path).with_name(LIBRARY_NAME)
-        if plugin_library is None and target.engine.plugin == "beside" and beside.is_file():
-            plugin_library = beside
+        if plugin_library is None and target.engine.plugin == "beside":
+            beside = (Path(path).with_name(name) for name in (LOCAL_LIBRARY_NAME, LIBRARY_NAME))
+            plugin_library = next((library for library in beside if library.is_file()), None)
         engine = _TrtEngine(Path(path), target, self._cuda, plugin_library)
         self._bound = BoundEngine(engine, self._cuda, kv_cache=target.kv_cache, graphs=graphs)
 
