@@ -261,7 +261,11 @@ def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = 
         if not engine.is_file():
             raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
     # Engines that trtexec wrote are in no manifest; everything that is in one must be as it says.
-    bundle.verify(folder, bundle.read_manifest(folder))
+    manifest = bundle.read_manifest(folder)
+    bundle.verify(folder, manifest)
+    if manifest.inputs.get("onnx") != bundle.fingerprint(paths.onnx):
+        raise BundleError(f"{folder} was built from other graphs than the bundle holds",
+                          f"build it again: ecmfq-export build {bundle_root} --target {target.name}")
     return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 
