@@ -161,6 +161,8 @@ def export(
         UserError: any input, machine or validation problem, before a later stage is started; too little disk, before the first one.
     """
     from ecmfq_export import disk_need
+    from ecmfq_export.engine.bundle_engines import builds_here
+    from ecmfq_export.engine.cross_compile import library_for
     from ecmfq_export.graph.pipeline import export_onnx, require_plain_inputs, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
@@ -179,10 +181,8 @@ def export(
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
     if build:
-        from ecmfq_export.engine.cross_compile import library_for
-
         library_for(target, progress.note)
-    needs = disk_need.export_needs(model, quant, target, output, build)
+    needs = disk_need.export_needs(model, quant, target, output, build and builds_here(target))
     if model.quantization is None:
         parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
         prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
@@ -261,7 +261,11 @@ def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = 
         if not engine.is_file():
             raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
     # Engines that trtexec wrote are in no manifest; everything that is in one must be as it says.
-    bundle.verify(folder, bundle.read_manifest(folder))
+    manifest = bundle.read_manifest(folder)
+    bundle.verify(folder, manifest)
+    if manifest.inputs.get("onnx") != bundle.fingerprint(paths.onnx):
+        raise BundleError(f"{folder} was built from other graphs than the bundle holds",
+                          f"build it again: ecmfq-export build {bundle_root} --target {target.name}")
     return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 
