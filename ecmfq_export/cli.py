@@ -181,7 +181,8 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
                      "each does, and --set puts another part in the place of the method's)")
     sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
+                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them), e.g. expert_memory_gb=1.5: memory for "
+                     "rounding a layer's experts, beside its weights (default 3)")
 
 
 def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
