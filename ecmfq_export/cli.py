@@ -247,7 +247,8 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
                      help="for activations between layers; what is more lies on disk beside the output (default 1; docs/sizes.md)")
     sub.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda or cuda:N")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
+                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them), e.g. expert_memory_gb=1.5: memory for "
+                     "rounding a layer's experts, beside its weights (default 3)")
 
 
 def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
