@@ -100,6 +100,9 @@ def quantize_model(
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    if model.weight_only is not None:
+        progress.note(f"{model_dir} holds {model.weight_only.method} int4 weights: their dequantized values are rounded anew "
+                      "('import' and 'export' keep the integers)")
     parts = resolve(config)
     # Rotating unties the output matrix from the embeddings.
     tied = model.spec.tie_word_embeddings and parts.rotate == "none"
@@ -132,6 +135,17 @@ def quantize_model(
         return quantize(model_dir, calibration, smoothing, out_dir, config, progress, resources)
 
 
+def import_model(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+    """Carry another quantizer's int4 checkpoint (GPTQ, AWQ, compressed-tensors) over into `out_dir`, in the place of quantizing.
+
+    Raises:
+        UserError: it is none, or holds what the integer kernels cannot, by name.
+    """
+    from ecmfq_export.stages.import_quantized import import_quantized
+
+    return import_quantized(model_dir, out_dir, config, progress)
+
+
 def export(
     model_dir: Path,
     data: Path | None,
@@ -147,6 +161,8 @@ def export(
     resources: Resources | None = None,
 ) -> dict[str, Any]:
     """Every stage from a floating-point or quantized checkpoint to a validated bundle.
+
+    Another quantizer's int4 checkpoint is imported where a floating-point one is quantized.
 
     Args:
         evaluation: held-out questions (JSONL) for the report; None compares logits only.
@@ -173,7 +189,7 @@ def export(
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
     require_plain_inputs(model)
-    if model.quantization is None and resolve(quant).rotate == "residual_online":
+    if model.quantization is None and model.weight_only is None and resolve(quant).rotate == "residual_online":
         raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
                         "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
     if evaluation is not None and not evaluation.exists():
@@ -183,13 +199,15 @@ def export(
 
         library_for(target, progress.note)
     needs = disk_need.export_needs(model, quant, target, output, build)
-    if model.quantization is None:
+    if model.quantization is None and model.weight_only is None:
         parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
         prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
         needs = disk_need.quantize_needs(model, quant, prompts, paths.quantized, activation_bytes) + needs
     disk_need.check_space(needs, output)
     with remembered(paths.root / "stages" / HASHES):
-        if model.quantization is None:
+        if model.weight_only is not None:
+            quantized = import_model(model_dir, paths.quantized, quant, progress)
+        elif model.quantization is None:
             quantized = quantize_model(model_dir, data, paths.quantized, quant, progress, resources)
         else:
             progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")

@@ -190,7 +190,7 @@ class IntegerWeight:
     @classmethod
     def of(cls, weight: QTensor) -> IntegerWeight:
         """Widen `weight`; four bytes a value."""
-        values, largest = weight.qvalue.float(), grid_limit(weight.num_bits)
+        values, largest = weight.qvalue.float(), 8 if weight.num_bits == 4 else grid_limit(weight.num_bits)
         if weight.group_multiplier is not None:
             values.unflatten(-1, (-1, GROUP)).mul_(weight.group_multiplier.float().unsqueeze(-1))
             largest *= int(weight.group_multiplier.max())
