@@ -134,7 +134,7 @@ class MoEVLM:
     def recipe(self, name: str) -> Literal["float", "w8a8", "w4a8"]:
         """How the weight `name` takes part in computation."""
         source = self._source(name)
-        return source.recipe if isinstance(source, QuantizedSource) else "float"
+        return source.recipe if isinstance(source, QuantizedSource) and self.quantization is not None else "float"
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of :meth:`tensor`: as stored, float32 where quantized."""
@@ -181,7 +181,23 @@ class MoEVLM:
 
     def has_int4(self, name: str) -> bool:
         """Whether :meth:`weight_only_tensor` gives the weight `name`."""
-        return isinstance(self._source(name), WeightOnlySource) or self.recipe(name) == "w4a8"
+        source = self._source(name)
+        return isinstance(source, WeightOnlySource) or isinstance(source, QuantizedSource) and source.recipe == "w4a8"
+
+    def has_int8(self, name: str) -> bool:
+        """Whether :meth:`qtensor` gives the weight `name` with 8 bits."""
+        source = self._source(name)
+        return isinstance(source, QuantizedSource) and source.recipe == "w8a8"
+
+    def with_float_activations(self) -> MoEVLM:
+        """The same weights computing in floating point, each dequantized (W4A16, W8A16): what a weight-only graph is compared with.
+
+        Raises:
+            UnsupportedError: down projections that read rotated inputs, which only the integer reference applies.
+        """
+        for name in self.quantization.blocks if self.quantization is not None else ():
+            raise UnsupportedError(f"'{name}' reads its inputs behind a Hadamard", "quantize with rotate = 'residual' or 'none'")
+        return MoEVLM(self.path, self.config, self.family, self.spec, self.checkpoint, self._shapes, self._sources, None, self.weight_only)
 
     def weight_only_tensor(self, name: str, start: int | None = None, stop: int | None = None) -> WeightOnly:
         """An int4 weight for floating-point activations; experts stacked [E, N, K], of which `start` to `stop` may be chosen.
@@ -201,7 +217,7 @@ class MoEVLM:
 
         Raises:
             CheckpointError: values outside the integer grid, or scales that are not finite and positive.
-            ValueError: its recipe is ``float``.
+            ValueError: it is not quantized by us.
         """
         source = self._source(name)
         if not isinstance(source, QuantizedSource):

@@ -194,7 +194,8 @@ class IntegerWeight:
         if weight.group_multiplier is not None:
             values.unflatten(-1, (-1, GROUP)).mul_(weight.group_multiplier.float().unsqueeze(-1))
             largest *= int(weight.group_multiplier.max())
-        step = max(1, _EXACT // (127 * largest))
+        # Grouped products want rows that start at multiples of 16 bytes.
+        step = max(4, _EXACT // (127 * largest) // 4 * 4)
         columns = values.shape[-1]
         parts = tuple(slice(start, min(start + step, columns)) for start in range(0, columns, step))
         return cls(values, weight.scale, parts)

@@ -77,9 +77,7 @@ def _gptq(given: Mapping[str, Any]) -> WeightOnlyForm:
     _expect("bits", given.get("bits"), 4)
     _expect("pack_dtype", given.get("pack_dtype", "int32"), "int32")
     _expect("is_marlin_format", given.get("is_marlin_format", False), False)
-    for pattern in given.get("dynamic") or {}:
-        if not str(pattern).startswith("-:"):
-            raise UnsupportedError(f"quantization_config.dynamic gives the modules {pattern!r} settings of their own", _ANEW)
+    _expect_one_setting(given)
     known = {"quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format", "format", "pack_dtype", "is_marlin_format",
              "dynamic"}
     _refuse_unknown(given, known | _GPTQ_HARMLESS)
@@ -90,8 +88,17 @@ def _awq(given: Mapping[str, Any]) -> WeightOnlyForm:
     version = str(given.get("version") or given.get("format") or "gemm").lower()
     _expect("version", version, "gemm")
     _expect("bits", given.get("bits", given.get("w_bit", 4)), 4)
-    _refuse_unknown(given, {"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format"} | _AWQ_HARMLESS)
+    _expect_one_setting(given)
+    known = {"quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format", "dynamic"}
+    _refuse_unknown(given, known | _AWQ_HARMLESS)
     return WeightOnlyForm("awq", _group_size(given, "q_group_size"))
+
+
+def _expect_one_setting(given: Mapping[str, Any]) -> None:
+    """GPTQModel's ``dynamic``: patterns with ``-:`` leave modules alone, which their tensors show; others give them settings."""
+    for pattern in given.get("dynamic") or {}:
+        if not str(pattern).startswith("-:"):
+            raise UnsupportedError(f"quantization_config.dynamic gives the modules {pattern!r} settings of their own", _ANEW)
 
 
 def _without_activations(given: Mapping[str, Any]) -> bool:

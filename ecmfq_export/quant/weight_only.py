@@ -20,7 +20,7 @@ class WeightOnly:
     Attributes:
         qvalue: uint8 [..., N, K] in [0, 15].
         scale: float32 [..., N, G].
-        zero_point: uint8 [..., N, G] in [0, 16], or None for 8 everywhere (symmetric).
+        zero_point: uint8 [..., N, G] in [0, 15], or None for 8 everywhere (symmetric).
         group_size: columns of a group; the last one of a row may be shorter.
         group_index: int64 [..., K], the group of each column, where columns of a group are not neighbours (GPTQ's activation
             order); None where column k is of group ``k // group_size``.
@@ -55,8 +55,12 @@ class WeightOnly:
     def num_groups(self) -> int:
         return self.scale.shape[-1]
 
+    def zeros(self) -> torch.Tensor:
+        """Zero points uint8 [..., N, G], given or not."""
+        return torch.full(self.scale.shape, SYMMETRIC_ZERO, dtype=torch.uint8) if self.zero_point is None else self.zero_point
+
     def integer(self) -> torch.Tensor:
-        """``qvalue - zero_point`` as int8 [..., N, K]: in [-8, 7] where symmetric, in [-16, 15] otherwise."""
+        """``qvalue - zero_point`` as int8 [..., N, K]: in [-8, 7] where symmetric, in [-15, 15] otherwise."""
         if self.zero_point is None:
             return self.qvalue.to(torch.int8) - SYMMETRIC_ZERO
         return self.qvalue.to(torch.int8) - self._by_column(self.zero_point.to(torch.int8))
