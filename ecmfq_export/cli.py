@@ -145,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, help="checkpoint directory (config.json and .safetensors): floating point, quantized by "
                      "ecmfq-export, or int4 of GPTQ, AWQ or compressed-tensors")
     sub.add_argument("-o", "--output", type=Path, required=True, help="the bundle's directory")
-    sub.add_argument("--target", required=True, help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--target", help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--flavour", choices=("tensorrt", "ort"), default="tensorrt",
+                     help="tensorrt (default): W4A8 graphs with plugin nodes, and engines for --target; ort: graphs for ONNX Runtime alone, "
+                     "weights int4, activations floating point (W4A16), no target and no engines (docs/interop.md)")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
     sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
@@ -311,7 +314,11 @@ def _export(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import export
 
     quant, export_config = _configs(args)
-    target = load_target(args.target)
+    if (args.target is None) != (args.flavour == "ort"):
+        if args.target is None:
+            raise UserError("export needs --target", "a name from 'ecmfq-export targets', or --flavour ort for graphs for ONNX Runtime alone")
+        raise UserError(f"--target {args.target} with --flavour ort", "graphs for ONNX Runtime alone have no target: leave --target out")
+    target = None if args.target is None else load_target(args.target)
     out, err = _consoles()
     with _resources(args) as resources, RichProgress(err).running() as progress:
         if not resources.ranks.first:

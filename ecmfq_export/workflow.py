@@ -150,7 +150,7 @@ def export(
     model_dir: Path,
     data: Path | None,
     output: Path,
-    target: Target,
+    target: Target | None,
     quant: QuantConfig,
     export_config: ExportConfig,
     progress: Progress,
@@ -165,6 +165,8 @@ def export(
     Another quantizer's int4 checkpoint is imported where a floating-point one is quantized.
 
     Args:
+        target: what engines are built for; None for ONNX Runtime alone, with weights alone quantized (W4A16). Another quantizer's
+            checkpoint is then taken as it is.
         evaluation: held-out questions (JSONL) for the report; None compares logits only.
         limit: at most so many evaluation items; 0 takes all.
         build: whether to build engines (where the target builds them on this machine).
@@ -194,18 +196,23 @@ def export(
                         "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
-    if build:
+    build = build and target is not None
+    if build and target is not None:
         from ecmfq_export.engine.cross_compile import library_for
 
         library_for(target, progress.note)
     needs = disk_need.export_needs(model, quant, target, output, build)
+    if model.weight_only is not None and target is not None:
+        needs = disk_need.import_needs(model, quant, paths.quantized) + needs
     if model.quantization is None and model.weight_only is None:
         parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
         prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
         needs = disk_need.quantize_needs(model, quant, prompts, paths.quantized, activation_bytes) + needs
     disk_need.check_space(needs, output)
     with remembered(paths.root / "stages" / HASHES):
-        if model.weight_only is not None:
+        if model.weight_only is not None and target is None:
+            progress.note(f"the {model.weight_only.method} weights are taken as they are: activations stay in floating point (W4A16)")
+        elif model.weight_only is not None:
             quantized = import_model(model_dir, paths.quantized, quant, progress)
         elif model.quantization is None:
             quantized = quantize_model(model_dir, data, paths.quantized, quant, progress, resources)
@@ -213,11 +220,11 @@ def export(
             progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
         export_onnx(quantized, paths.onnx, target, export_config, progress)
         drop_stale_engines(paths, progress)
-        folder = build_engines(output, target, progress) if build else None
+        folder = build_engines(output, target, progress) if build and target is not None else None
         engines = folder if folder is not None and folder in paths.engine_folders("build") else None
         report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                           engines_dir=engines)
-    seal(paths, {"target": target.name}, {"engines_built": engines is not None})
+    seal(paths, {"target": target.name} if target is not None else {"flavour": "ort"}, {"engines_built": engines is not None})
     return report
 
 

@@ -75,7 +75,7 @@ def _subtitle(report: dict[str, Any]) -> str:
     model, settings = report["model"], report["settings"]
     positions = report["logits"]["float_vs_quantized"]["positions"]
     return (
-        f"{model['layers']} layers, hidden size {model['hidden_size']}, {model['experts']} experts, top-{model['top_k']}. "
+        f"{model['computes'] + '. ' if model.get('computes') else ''}{model['layers']} layers, hidden size {model['hidden_size']}, {model['experts']} experts, top-{model['top_k']}. "
         f"{settings['items']} prompts, {positions:,} positions ({settings['positions']}). Graphs in {settings['onnx_dtype']}. "
         f"ecmfq_export {__version__}."
     )

@@ -135,7 +135,8 @@ def _checks_table(report: dict[str, Any]) -> Table:
 
 
 def _title(report: dict[str, Any]) -> str:
-    return escape(f"{report['model']['family']}: {report['settings']['items']} prompts, "
+    computes = report["model"].get("computes") or ""
+    return escape(f"{report['model']['family']}{f', {computes}' if computes else ''}: {report['settings']['items']} prompts, "
                   f"{report['logits']['float_vs_quantized']['positions']} positions ({report['settings']['positions']})")  # fmt: skip
 
 
