@@ -32,6 +32,8 @@ examples:
   ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
   ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --target l4 -o ./bundle        # imports its int4 weights
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --flavour ort -o ./bundle      # for ONNX Runtime alone
 
 A run that was stopped continues where it was: finished stages, and finished decoder layers of 'rotate' and 'quantize', are kept.
 """
@@ -147,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, required=True, help="the bundle's directory")
     sub.add_argument("--target", help="a name from 'ecmfq-export targets', or a TOML file")
     sub.add_argument("--flavour", choices=("tensorrt", "ort"), default="tensorrt",
-                     help="tensorrt (default): W4A8 graphs with plugin nodes, and engines for --target; ort: graphs for ONNX Runtime alone, "
-                     "weights int4, activations floating point (W4A16), no target and no engines (docs/interop.md)")
+                     help="tensorrt (default): W4A8 graphs with plugin nodes, and engines for --target; ort: graphs for ONNX Runtime "
+                     "alone, weights int4, activations floating point (W4A16), no target and no engines (docs/interop.md)")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
     sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
@@ -316,7 +318,8 @@ def _export(args: argparse.Namespace) -> int:
     quant, export_config = _configs(args)
     if (args.target is None) != (args.flavour == "ort"):
         if args.target is None:
-            raise UserError("export needs --target", "a name from 'ecmfq-export targets', or --flavour ort for graphs for ONNX Runtime alone")
+            raise UserError("export needs --target",
+                            "a name from 'ecmfq-export targets', or --flavour ort for graphs for ONNX Runtime alone")
         raise UserError(f"--target {args.target} with --flavour ort", "graphs for ONNX Runtime alone have no target: leave --target out")
     target = None if args.target is None else load_target(args.target)
     out, err = _consoles()

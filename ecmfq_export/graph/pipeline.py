@@ -241,7 +241,8 @@ class _Export:
         sizes = dataclasses.asdict(self.sizes)
         facts = runtime_facts(
             spec, dtype=self.dtype, logits=self.config.logits, weight_layout=self.info["weight_layout"],
-            group_size=self.group_size, weight_only=self.target is None, eos_token_ids=eos_token_ids(self.model.path, self.model.config), **sizes,
+            group_size=self.group_size, weight_only=self.target is None,
+            eos_token_ids=eos_token_ids(self.model.path, self.model.config), **sizes,
         )  # fmt: skip
         bundle.write_json(self.work / FILE, facts)
         self.info |= {"dim_ranges": dim_ranges(self.sizes, spec.vision.spatial_merge_size), "dtype": self.dtype}

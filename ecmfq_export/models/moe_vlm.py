@@ -184,6 +184,12 @@ class MoEVLM:
         source = self._source(name)
         return isinstance(source, WeightOnlySource) or isinstance(source, QuantizedSource) and source.recipe == "w4a8"
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes on disk of the tensors that hold `name`, scales among them."""
+        source = self._source(name)
+        parts = source.disk_shapes() if isinstance(source, FloatSource | ExpertsSource) else source.disk_names()
+        return sum(self.checkpoint.entry(part).num_bytes for part in parts)
+
     def has_int8(self, name: str) -> bool:
         """Whether :meth:`qtensor` gives the weight `name` with 8 bits."""
         source = self._source(name)

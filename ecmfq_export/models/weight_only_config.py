@@ -153,4 +153,5 @@ def _expect(name: str, value: Any, *allowed: Any) -> None:
 def _refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(set(given) - known)
     if unknown:
-        raise UnsupportedError(f"quantization_config has fields that are not known: {', '.join(unknown)}", "they could change what it means")
+        raise UnsupportedError(f"quantization_config has fields that are not known: {', '.join(unknown)}",
+                               "they could change what it means")

@@ -132,7 +132,8 @@ class WeightOnlySource:
         zero: torch.Tensor | None = None
         if self.form.method == "compressed-tensors":
             if loaded["weight_shape"].tolist() != [rows, columns]:
-                raise CheckpointError(f"'{module}.weight_shape' says {loaded['weight_shape'].tolist()}, config.json implies {[rows, columns]}")
+                stored = loaded["weight_shape"].tolist()
+                raise CheckpointError(f"'{module}.weight_shape' says {stored}, config.json implies {[rows, columns]}")
             values, scale = int4_words.unpack_rows(loaded["weight_packed"], columns), loaded["weight_scale"].float()
             if "weight_zero_point" in loaded:
                 zero = int4_words.unpack_columns(loaded["weight_zero_point"], rows)

@@ -29,31 +29,34 @@ from ecmfq_export.stages.recipes import attention_bits
 STAGE = "import"
 
 RECORD = "import.json"
-"""What became of each weight: a list with one object a layer, ``layer`` and by canonical suffix ``recipe`` and ``error`` (see :func:`import_quantized`)."""
+"""What became of each weight: a list with one object a layer, ``layer`` and by canonical suffix ``recipe`` and ``error``, see
+:func:`import_quantized`."""
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
-_WAY_OUT = "round it anew from its dequantized weights ('ecmfq-export quantize'), or export it weight-only for ONNX Runtime (--flavour ort)"
+_ANEW = "round it anew from its dequantized weights ('ecmfq-export quantize')"
+_WAY_OUT = f"{_ANEW}, or export it weight-only for ONNX Runtime (--flavour ort)"
 
 
 def import_quantized(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
     """Write what `model_dir` holds as a W4A8 checkpoint to `out_dir`.
 
     Routed and shared experts keep their integers: exactly, with one scale a channel; with groups, under the integer multipliers
-    nearest to their scales. Other quantized projections follow ``config.attention``: ``w4a8`` keeps the integers and needs one symmetric scale a
-    channel; ``w8a8`` keeps them where it can and else rounds the dequantized weight to int8; ``fp16`` takes the dequantized weight.
-    What the checkpoint left in floating point stays so.
+    nearest to their scales. Other quantized projections follow ``config.attention``: ``w4a8`` keeps the integers and needs one
+    symmetric scale a channel; ``w8a8`` keeps them where it can and else rounds the dequantized weight to int8; ``fp16`` takes the
+    dequantized weight. What the checkpoint left in floating point stays so.
 
     ``import.json`` beside the weights: ``error`` is the norm of a weight's change over its norm, 0 where the values are the same.
 
     Raises:
-        UnsupportedError: a checkpoint without quantized experts, or experts that the kernels' form cannot hold: zero points, inputs in activation
-            order, groups that are no multiple of 128.
+        UnsupportedError: a checkpoint without quantized experts, or experts that the kernels' form cannot hold: zero points, inputs in
+            activation order, groups that are no multiple of 128.
         UserError: damaged weights, or a full disk.
     """
     model = open_model(model_dir)
     if model.weight_only is None:
-        raise UnsupportedError(f"{model_dir} holds no weight-only int4 weights", "import takes GPTQ, AWQ and W4A16 compressed-tensors checkpoints")
+        raise UnsupportedError(f"{model_dir} holds no weight-only int4 weights",
+                               "import takes GPTQ, AWQ and W4A16 compressed-tensors checkpoints")
     require_experts(model)
     settings = {"attention": config.attention, "source": dataclasses.asdict(model.weight_only)}
     inputs = {"model": bundle.fingerprint(model_dir)}
@@ -78,8 +81,9 @@ def import_quantized(model_dir: Path, out_dir: Path, config: QuantConfig, progre
             exact_weights=sum(entry["error"] == 0 for entry in entries), weights=len(entries),
             activations="int8 a token; the checkpoint was made for floating-point activations (W4A16)",
         )  # fmt: skip
-    progress.note(f"{info['exact_weights']} of {info['weights']} weights carried over exactly, largest relative change {info['largest_error']:.2g}; "
-                  "activations are int8 from here on (W4A8), the checkpoint was made for floating-point ones (W4A16)")
+    progress.note(f"{info['exact_weights']} of {info['weights']} weights carried over exactly, largest relative change "
+                  f"{info['largest_error']:.2g}; activations are int8 from here on (W4A8), the checkpoint was made for floating-point "
+                  "ones (W4A16)")
     return out_dir
 
 
@@ -126,7 +130,8 @@ def _dense(weight: WeightOnly, bits: int, name: str) -> tuple[QTensor, float]:
         exact, error = _carried(weight, False, name)
         return (exact if bits == 4 else QTensor(exact.qvalue, exact.scale, 8)), error
     if bits == 4:
-        raise UnsupportedError(f"'{name}' has groups of {weight.group_size} columns" + (" with zero points" if weight.zero_point is not None else ""),
+        zeros = " with zero points" if weight.zero_point is not None else ""
+        raise UnsupportedError(f"'{name}' has groups of {weight.group_size} columns{zeros}",
                                "dense int4 projections take one symmetric scale a channel; use --attention w8a8 or fp16")
     wanted = weight.dequantize()
     rounded = quantize_rtn(wanted, 8)
@@ -150,7 +155,8 @@ def _carried(weight: WeightOnly, grouped: bool, name: str) -> tuple[QTensor, flo
     try:
         return to_integer_scales(weight, grouped)
     except UnsupportedError as error:
-        raise UnsupportedError(f"'{name}' has {error.what}, and {error.fix}", _WAY_OUT) from None
+        # QMoE has no form for an order of its own for each expert either.
+        raise UnsupportedError(f"'{name}' has {error.what}, and {error.fix}", _WAY_OUT if weight.group_index is None else _ANEW) from None
 
 
 def _read_record(file: Path) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def validate(
     for sample in prompts.samples:
         session.check_length(sample)
     with bundle.write_stage(out_dir, STAGE, config, inputs) as (work, info):
-        study = _Study(floating, quantized, session, processor, prompts, progress, graphs.info.get("computes", ""))
+        study = _Study(floating, quantized, session, processor, prompts, progress, graphs.info.get("computes") or _imported(quantized_dir))
         study.run()
         vision, retrieval = study.vision_difference(), study.retrieval()
         # The second session is opened when the first one is gone: each may hold the whole decoder.
@@ -121,6 +121,15 @@ def validate(
         (work / "report.html").write_text(render(report, [q.image for q in prompts.questions]), encoding="utf-8")
         info["passed"] = report["passed"]
     return report
+
+
+def _imported(quantized_dir: Path) -> str:
+    """What an imported checkpoint computes with, and what it was made for; empty for others."""
+    try:
+        manifest = bundle.read_manifest(quantized_dir, "import")
+    except BundleError:
+        return ""
+    return f"W4A8, imported from {manifest.info['method']} (made for W4A16)"
 
 
 def _existing(data: Path) -> Path:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ecmfq_export.errors import UserError
+from ecmfq_export.validate.artifact_bytes import LABELS
 
 SCHEMA_VERSION = 1
 
@@ -188,7 +189,7 @@ def _percent(value: float | None) -> str:
 def _bytes_table(report: dict[str, Any]) -> Table:
     table = Table("what", "float16", "now", "ratio", title="bytes", title_justify="left")
     sizes = report["bytes"]
-    labels = {"w4a8": "W4A8 layers", "w8a8": "W8A8 layers", "quantized": "all quantized layers"}
+    labels = {**LABELS, "quantized": "all quantized layers"}
     for key, label in labels.items():
         if key in sizes["layers"]:
             row = sizes["layers"][key]

@@ -66,7 +66,8 @@ def make(name: str, directory: Path) -> Fixture:
     quantization = json.loads(metadata["quantization_config"])
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     count = sum(key.startswith("logits.") for key in tensors)
-    return Fixture(directory, [_sample(tensors, i) for i in range(count)], [tensors[f"logits.{i}"] for i in range(count)], metadata["library"])
+    logits = [tensors[f"logits.{i}"] for i in range(count)]
+    return Fixture(directory, [_sample(tensors, i) for i in range(count)], logits, metadata["library"])
 
 
 def _sample(tensors: dict[str, torch.Tensor], index: int) -> ProcessedSample:

@@ -7,8 +7,8 @@ Two models are quantized: the trained example (examples/tiny_vlm/checkpoint), an
 enough for several groups a row. ``data/NAME.safetensors`` holds the tensors that the library changed or added, ``data/base.safetensors``
 what the random model's checkpoints share, and the metadata the library, its version and its ``quantization_config``.
 
-Logits are those of transformers' own model in float32 with every quantized layer replaced by the weight that the library's layer dequantizes itself to
-(in float16, as it computes with).
+Logits are those of transformers' own model in float32 with every quantized layer replaced by the weight that the library's layer
+dequantizes itself to (in float16, as it computes with).
 """
 
 from __future__ import annotations

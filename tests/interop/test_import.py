@@ -33,7 +33,8 @@ def fixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fixture]:
 @pytest.fixture(scope="module")
 def imported(fixtures: dict[str, Fixture], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("imported")
-    return {name: import_quantized(fixtures[name].path, root / name, QuantConfig(), Silent()) for name in ("example_gptq", "gptq_groups", "gptq_group_aware", "awq")}
+    names = ("example_gptq", "gptq_groups", "gptq_group_aware", "awq")
+    return {name: import_quantized(fixtures[name].path, root / name, QuantConfig(), Silent()) for name in names}
 
 
 def half_logits(fixture: Fixture, model: MoEVLM) -> list[torch.Tensor]:
@@ -69,9 +70,10 @@ def test_exact_import_of_the_example(fixtures: dict[str, Fixture], imported: dic
     assert {model.recipe(f"layers.0.{name}") for name in EXPERTS} == {"w4a8"}
     assert model.recipe("layers.0.self_attn.q_proj.weight") == "w8a8"
     assert int(model.qtensor("layers.0.mlp.experts.down_proj").qvalue.min()) == -8
-    info = json.loads((imported["example_gptq"] / "manifest.json").read_text())
-    assert info["stage"] == "import" and info["info"]["largest_error"] == 0 and info["info"]["exact_weights"] == info["info"]["weights"] == 24
-    assert "W4A16" in info["info"]["activations"]
+    manifest = json.loads((imported["example_gptq"] / "manifest.json").read_text())
+    info = manifest["info"]
+    assert manifest["stage"] == "import" and info["largest_error"] == 0 and info["exact_weights"] == info["weights"] == 24
+    assert "W4A16" in info["activations"]
     for ours, theirs in fixtures["example_gptq"].compare(model):
         kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
         assert float(kl.mean()) < 0.01 and torch.equal(ours.argmax(-1), theirs.argmax(-1))

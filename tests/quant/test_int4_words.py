@@ -1,4 +1,4 @@
-"""Packing of other quantizers, against packers written from their formats' descriptions word by word, and against compressed-tensors itself."""
+"""Packing of other quantizers, against packers written word by word from their formats' descriptions, and compressed-tensors' own."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from ecmfq_export.quant.rtn import quantize_rtn
 from ecmfq_export.quant.weight_only import WeightOnly, of_qtensor
 
 
-def random_weight(lead: tuple[int, ...], rows: int, columns: int, group_size: int, seed: int, zeros: bool = False, order: bool = False) -> WeightOnly:
+def random_weight(
+    lead: tuple[int, ...], rows: int, columns: int, group_size: int, seed: int, zeros: bool = False, order: bool = False,
+) -> WeightOnly:  # fmt: skip
     rng = np.random.default_rng(seed)
     groups = -(-columns // group_size)
     index = np.stack([rng.permutation(np.arange(columns) // group_size) for _ in range(int(np.prod(lead)))]).reshape(*lead, columns)

@@ -54,11 +54,12 @@ class WeightOnlyExpertsPass(ir.passes.InPlacePass):
         with b.scope(node.name):
             selected, mixing = self._routing(b, ids, weights, experts, slots)
             first, second, block = self._weights(b, gate_up, down)
-            inputs = [x, selected, first[0], first[1], None, second[0], second[1], None, None, None, None, first[2], second[2], None, mixing]
+            no_third = [None, None, None]
+            inputs = [x, selected, *first[:2], None, *second[:2], None, *no_third, first[2], second[2], None, mixing]
             attributes = {"block_size": block} if block else {}
             output = b.op(
-                ops.WEIGHT_ONLY_MOE, *inputs, domain=ops.MICROSOFT, name="experts", k=slots, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0,
-                activation_beta=0.0, normalize_routing_weights=0, expert_weight_bits=4, accuracy_level=1, weights_prepacked=0, **attributes,
+                ops.WEIGHT_ONLY_MOE, *inputs, domain=ops.MICROSOFT, name="experts", k=slots, activation_type="swiglu", swiglu_fusion=1,
+                activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=0, expert_weight_bits=4, accuracy_level=1, weights_prepacked=0, **attributes,
             )  # fmt: skip
         b.replace(graph, node, output)
         for weight in (gate_up, down):
@@ -86,11 +87,12 @@ class WeightOnlyExpertsPass(ir.passes.InPlacePass):
         columns = [int(gate_up.shape[2]), int(down.shape[2])]
         block = 0 if whole else common_block([fact.group_size for fact in facts], columns)
         if block is None:
-            raise UnsupportedError(f"'{names[0]}' has groups of {facts[0].group_size} among {columns[0]} columns and '{names[1]}' groups of "
-                                   f"{facts[1].group_size} among {columns[1]}", "QMoE takes blocks of 16, 32, 64 or 128 that divide both")
+            first, second = (f"'{name}' has groups of {fact.group_size} among {width} columns"
+                             for name, fact, width in zip(names, facts, columns, strict=True))
+            raise UnsupportedError(f"{first}, {second}", "QMoE takes blocks of 16, 32, 64 or 128 that divide both")
         if facts[0].group_index is not None:
-            raise UnsupportedError(f"'{names[0]}' has columns in activation order (desc_act), another for each expert", "QMoE has no input for "
-                                   "it: round the dequantized weights anew ('ecmfq-export quantize')")
+            raise UnsupportedError(f"'{names[0]}' has columns in activation order (desc_act), another for each expert",
+                                   "QMoE has no input for it: round the dequantized weights anew ('ecmfq-export quantize')")
         fold = names[1] if facts[1].group_index is not None else None
         parts: list[list[ir.Value | None]] = []
         for name, value, is_first in ((names[0], gate_up, True), (names[1], down, False)):

@@ -96,7 +96,8 @@ class WeightOnlyLinearsPass(ir.passes.InPlacePass):
         def read() -> Any:
             weight = self.int8.qtensor(name)
             if weight.group_size != -1:
-                raise UnsupportedError(f"'{name}' has 8 bits and groups of {weight.group_size}", "dense projections take one scale a channel")
+                raise UnsupportedError(f"'{name}' has 8 bits and groups of {weight.group_size}",
+                                       "dense projections take one scale a channel")
             return weight
 
         weight = b.weight(f"{name}.qvalue", I8, [columns, rows], lambda: read().qvalue.T, name)
