@@ -1,7 +1,7 @@
 """Dense projections with weights alone quantized, for ONNX Runtime: MatMul becomes com.microsoft's MatMulNBits.
 
 int4 weights keep their integers, scales and zero points; columns in activation order are put in the order of their groups, and the
-projection's input with them. int8 weights become a DequantizeLinear before the MatMul.
+projection's input with them. int8 weights are cast and scaled before the MatMul.
 """
 
 from __future__ import annotations
@@ -102,4 +102,6 @@ class WeightOnlyLinearsPass(ir.passes.InPlacePass):
 
         weight = b.weight(f"{name}.qvalue", I8, [columns, rows], lambda: read().qvalue.T, name)
         scale = b.weight(f"{name}.scale", self.dtype, [rows], lambda: read().scale, name)
-        return b.op("MatMul", x, b.op("DequantizeLinear", weight, scale, axis=1, name="weight_dequantize"), name="matmul")
+        # Not a DequantizeLinear: ONNX Runtime fuses that with the MatMul into one that rounds activations to int8.
+        wide = b.op("Mul", b.cast(weight, self.dtype, "weight_cast"), scale, name="weight_dequantize")
+        return b.op("MatMul", x, wide, name="matmul")
