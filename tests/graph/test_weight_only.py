@@ -77,7 +77,8 @@ def test_float16_stays_near(tmp_path) -> None:
     inputs, positions = decoder_inputs(model, 2, 1, 13)
     graph = weight_only_graph(model, ir.DataType.FLOAT16)
     deepstack = [feature.numpy() for feature in inputs.deepstack]
-    out = Decoder(session(graph, reference=False), model.spec, SEQ, 1, np.float16).step(inputs.inputs_embeds.numpy(), positions, [0], deepstack)
+    decoder = Decoder(session(graph, reference=False), model.spec, SEQ, 1, np.float16)
+    out = decoder.step(inputs.inputs_embeds.numpy(), positions, [0], deepstack)
     with torch.no_grad():
         expected = run_decoder(model.with_float_activations(), inputs).numpy()
     assert np.median(np.abs(out["logits"] - expected)) < 0.005 * np.abs(expected).max()
@@ -124,7 +125,8 @@ def test_sizes_without_a_target(tmp_path) -> None:
 
 def test_blocks() -> None:
     assert [block_size(size, 256) for size in (256, 128, 64, 32, 48, 100)] == [128, 128, 64, 32, 16, None]
-    assert common_block([128, 128], [256, 96]) == 32 and common_block([256, 96], [256, 96]) == 32 and common_block([24, 96], [96, 96]) is None
+    assert common_block([128, 128], [256, 96]) == 32 and common_block([256, 96], [256, 96]) == 32
+    assert common_block([24, 96], [96, 96]) is None
     weight = WeightOnly(torch.arange(10, dtype=torch.uint8).expand(3, 10), torch.rand(3, 3), None, 4)
     packed = pack_blocks(weight.qvalue, 16)
     assert packed.shape == (3, 1, 8) and packed[0, 0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0x88, 0x88, 0x88]

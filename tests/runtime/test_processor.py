@@ -197,7 +197,8 @@ def test_image_settings_inside_the_processor_s_file(directory, processor, tmp_pa
     shutil.copytree(directory, tmp_path / "saved")
     settings = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
     (tmp_path / "saved" / "preprocessor_config.json").unlink()
-    (tmp_path / "saved" / "processor_config.json").write_text(json.dumps({"image_processor": settings, "processor_class": "Qwen3VLProcessor"}))
+    saved = {"image_processor": settings, "processor_class": "Qwen3VLProcessor"}
+    (tmp_path / "saved" / "processor_config.json").write_text(json.dumps(saved))
     ours, theirs = (p.sample("x", [_noise(40, 24)]) for p in (Processor(tmp_path / "saved"), processor))
     assert np.array_equal(ours.pixel_values, theirs.pixel_values) and np.array_equal(ours.input_ids, theirs.input_ids)
     (tmp_path / "saved" / "processor_config.json").write_text("{}")

@@ -59,7 +59,8 @@ class WeightOnlyExpertsPass(ir.passes.InPlacePass):
             attributes = {"block_size": block} if block else {}
             output = b.op(
                 ops.WEIGHT_ONLY_MOE, *inputs, domain=ops.MICROSOFT, name="experts", k=slots, activation_type="swiglu", swiglu_fusion=1,
-                activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=0, expert_weight_bits=4, accuracy_level=1, weights_prepacked=0, **attributes,
+                activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=0, expert_weight_bits=4, accuracy_level=1,
+                weights_prepacked=0, **attributes,
             )  # fmt: skip
         b.replace(graph, node, output)
         for weight in (gate_up, down):
