@@ -139,10 +139,13 @@ def import_model(model_dir: Path, out_dir: Path, config: QuantConfig, progress: 
     """Carry another quantizer's int4 checkpoint (GPTQ, AWQ, compressed-tensors) over into `out_dir`, in the place of quantizing.
 
     Raises:
-        UserError: it is none, or holds what the integer kernels cannot, by name.
+        UserError: it is none, holds what the integer kernels cannot, by name, or too little disk is free.
     """
+    from ecmfq_export import disk_need
+    from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.import_quantized import import_quantized
 
+    disk_need.check_space(disk_need.import_needs(open_model(model_dir), config, out_dir), out_dir)
     return import_quantized(model_dir, out_dir, config, progress)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ecmfq_export.errors import UnsupportedError
-from ecmfq_export.quant.qtensor import GROUP, LARGEST_SCALE, QTensor, round_scale
+from ecmfq_export.quant.qtensor import GROUP, LARGEST_SCALE, QTensor, chunked, round_scale
 from ecmfq_export.quant.weight_only import WeightOnly
 
 _LARGEST = 127
@@ -45,13 +45,13 @@ def to_integer_scales(weight: WeightOnly, grouped: bool) -> tuple[QTensor, float
         # Such a group is zero, whatever its integers.
         integer = integer * (weight.scale != 0).repeat_interleave(weight.group_size, -1)[..., :columns].to(torch.int8)
     if grouped:
-        mass = integer.unflatten(-1, (-1, GROUP)).float().square().sum(-1)
+        mass = _squares(integer.unflatten(-1, (-1, GROUP)))
         wanted = weight.scale.repeat_interleave(max(1, weight.group_size // GROUP), -1)[..., : columns // GROUP]
         scale, multiplier = fit_multipliers(wanted, mass)
         result = QTensor(integer, scale, 4, GROUP, multiplier)
         used = scale.unsqueeze(-1) * multiplier.float()
     else:
-        mass, wanted = integer.float().square().sum(-1, keepdim=True), weight.scale
+        mass, wanted = _squares(integer).unsqueeze(-1), weight.scale
         result = QTensor(integer, round_scale(weight.scale.squeeze(-1)), 4)
         used = result.scale.unsqueeze(-1)
     lost, total = (mass * (used - wanted).square()).double().sum(), (mass * wanted.square()).double().sum()
@@ -79,6 +79,15 @@ def fit_multipliers(wanted: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Ten
         better = error < best
         best_scale, best = torch.where(better, scale, best_scale), torch.where(better, error, best)
     return best_scale, _multipliers(wanted, best_scale).to(torch.int8)
+
+
+def _squares(integer: torch.Tensor) -> torch.Tensor:
+    """Sums of squares over the last axis, float32; no wide copy of the whole is made."""
+    flat = integer.reshape(-1, integer.shape[-1])
+    out = torch.empty(len(flat))
+    for part in chunked(len(flat), 4 * flat.shape[-1], 1 << 26):
+        out[part] = flat[part].float().square_().sum(-1)
+    return out.reshape(integer.shape[:-1])
 
 
 def _multipliers(wanted: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

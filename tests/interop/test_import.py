@@ -16,7 +16,7 @@ from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.torch_decoder import load_layer, run_decoder
 from ecmfq_export.progress import Silent
-from ecmfq_export.stages.import_quantized import RECORD, import_quantized
+from ecmfq_export.stages.import_quantized import RECORD, import_layer, import_quantized
 from ecmfq_export.target import load_target
 from tests.interop.checkpoints import Fixture, make
 
@@ -147,6 +147,29 @@ def test_down_projections_in_activation_order_are_folded(fixtures: dict[str, Fix
     with torch.no_grad():
         plain.tensors[EXPERTS[1]] = plain.tensors[EXPERTS[1]].flip(-1)
     assert float((plain.experts(x, routing) - wanted).norm() / wanted.norm()) > 0.5
+
+
+def test_an_interrupted_import_goes_on(fixtures: dict[str, Fixture], imported: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    done: list[int] = []
+
+    def stopping(model: MoEVLM, index: int, config: QuantConfig):
+        if index == 2 and not stopped:
+            raise KeyboardInterrupt
+        done.append(index)
+        return import_layer(model, index, config)
+
+    stopped: list[bool] = []
+    monkeypatch.setattr("ecmfq_export.stages.import_quantized.import_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        import_quantized(fixtures["example_gptq"].path, tmp_path / "out", QuantConfig(), Silent())
+    assert done == [0, 1] and not (tmp_path / "out").exists()
+    stopped.append(True)
+    out = import_quantized(fixtures["example_gptq"].path, tmp_path / "out", QuantConfig(), Silent())
+    assert done == [0, 1, 2, 3]
+    for file in sorted(imported["example_gptq"].iterdir()):
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    import_quantized(fixtures["example_gptq"].path, out, QuantConfig(), Silent())
+    assert done == [0, 1, 2, 3]
 
 
 def shuffled_down(tensors: dict[str, torch.Tensor]) -> None:
