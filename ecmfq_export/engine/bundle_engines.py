@@ -72,6 +72,8 @@ def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundl
     """
     manifest = bundle.read_manifest(onnx_dir, "onnx")
     bundle.verify(onnx_dir, manifest)
+    if manifest.config.get("flavour") == "ort":
+        raise BuildError(f"{onnx_dir} holds graphs for ONNX Runtime alone (--flavour ort)", f"export again with --target {target.name}")
     for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
         if manifest.config[key] != wanted:
             raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config[key]}, target {target.name} needs {wanted}",

@@ -33,12 +33,14 @@ def runtime_facts(
     weight_layout: str,
     group_size: int | None,
     eos_token_ids: list[int],
+    weight_only: bool = False,
 ) -> dict[str, Any]:
     """The content of ``runtime.json``; docs/graph.md says what each key means.
 
     Args:
         weight_layout: of the plugin nodes in ``decoder/model.onnx``.
-        group_size: of quantized experts; None where experts are floating point.
+        group_size: of quantized experts; None where experts are floating point or weight-only.
+        weight_only: the graphs are for ONNX Runtime alone: QMoE nodes, no reference copy.
     """
     attention = spec.layers[0].attention
     vision = spec.vision
@@ -79,9 +81,12 @@ def runtime_facts(
         },
         "moe": None,
     }  # fmt: skip
+    if weight_only:
+        del facts["files"]["decoder_reference"]
     if moe is not None:
+        quantized = ops.WEIGHT_ONLY_MOE if weight_only else ops.ROUTED_MOE
         facts["moe"] = {
-            "op": ops.FLOAT_MOE if group_size is None else ops.ROUTED_MOE, "layers": list(spec.moe_layers),
+            "op": ops.FLOAT_MOE if group_size is None and not weight_only else quantized, "layers": list(spec.moe_layers),
             "num_experts": moe.num_experts, "top_k": moe.top_k, "num_shared_experts": moe.num_shared_experts,
             "hidden_size": moe.hidden_size, "intermediate_size": moe.intermediate_size, "activation": moe.activation,
             "group_size": group_size, "weight_layout": None if group_size is None else weight_layout,

@@ -209,3 +209,17 @@ def test_token_id_needs_exactly_one_token(processor):
     assert processor.decode([processor.token_id("y")]) == "y"
     with pytest.raises(UserError, match="3 tokens"):
         processor.token_id("yes")
+
+
+def test_image_settings_inside_the_processor_s_file(directory, processor, tmp_path):
+    """What transformers 5 saves for a processor, as GPTQModel does: no file of the image settings' own."""
+    shutil.copytree(directory, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
+    (tmp_path / "saved" / "preprocessor_config.json").unlink()
+    saved = {"image_processor": settings, "processor_class": "Qwen3VLProcessor"}
+    (tmp_path / "saved" / "processor_config.json").write_text(json.dumps(saved))
+    ours, theirs = (p.sample("x", [_noise(40, 24)]) for p in (Processor(tmp_path / "saved"), processor))
+    assert np.array_equal(ours.pixel_values, theirs.pixel_values) and np.array_equal(ours.input_ids, theirs.input_ids)
+    (tmp_path / "saved" / "processor_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no image_processor"):
+        Processor(tmp_path / "saved")
