@@ -32,6 +32,8 @@ examples:
   ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
   ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --target l4 -o ./bundle        # imports its int4 weights
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --flavour ort -o ./bundle      # for ONNX Runtime alone
 
 A run that was stopped continues where it was: finished stages, and finished decoder layers of 'rotate' and 'quantize', are kept.
 """
@@ -53,6 +55,16 @@ examples:
 
 A target whose engines are built on the device gets, on any other machine, what the device needs: engines/TARGET/build.sh, README.txt
 and the plugin library for its platform.
+"""
+
+
+_IMPORT_NOTES = """\
+example:
+  ecmfq-export import ./Qwen3-VL-30B-A3B-GPTQ-Int4 -o ./work/imported
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --target l4 -o ./bundle     # imports, then goes on
+
+Experts keep their integers; activations become int8 (the checkpoint is W4A16, what runs is W4A8). Zero points, gate and up
+projections in activation order, and groups that are no multiple of 128 are refused for experts. docs/interop.md tells more.
 """
 
 
@@ -132,9 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("export", _export, "all stages: checkpoint to validated bundle with engines", _EXPORT_EXAMPLES)
-    sub.add_argument("model", type=Path, help="checkpoint directory (config.json and .safetensors), floating point or quantized")
+    sub.add_argument("model", type=Path, help="checkpoint directory (config.json and .safetensors): floating point, quantized by "
+                     "ecmfq-export, or int4 of GPTQ, AWQ or compressed-tensors")
     sub.add_argument("-o", "--output", type=Path, required=True, help="the bundle's directory")
-    sub.add_argument("--target", required=True, help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--target", help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--flavour", choices=("tensorrt", "ort"), default="tensorrt",
+                     help="tensorrt (default): W4A8 graphs with plugin nodes, and engines for --target; ort: graphs for ONNX Runtime "
+                     "alone, weights int4, activations floating point (W4A16), no target and no engines (docs/interop.md)")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
     sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
@@ -148,6 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, required=True,
                      help="directory of the quantized checkpoint; 'calibration', 'smoothing' and 'rotated' are written beside it")
     _quant_arguments(sub)
+
+    sub = command("import", _import, "carry a GPTQ, AWQ or compressed-tensors int4 checkpoint over, instead of quantizing", _IMPORT_NOTES)
+    sub.add_argument("model", type=Path, help="checkpoint directory with weight-only int4 weights of a supported model")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="directory of the W4A8 checkpoint")
+    _attention_argument(sub)
 
     sub = command("build", _build, "build engines of a bundle for one more target, or on the device", _BUILD_EXAMPLES)
     sub.add_argument("bundle", type=Path)
@@ -242,12 +263,17 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--method", choices=typing.get_args(Method), metavar="NAME",
                      help=f"one of {', '.join(typing.get_args(Method))} (default ecmfq; rtn needs no data; docs/method.md tells what "
                      "each does, and --set puts another part in the place of the method's)")
-    sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
+    _attention_argument(sub)
     sub.add_argument("--memory", type=float, default=1.0, metavar="GB",
                      help="for activations between layers; what is more lies on disk beside the output (default 1; docs/sizes.md)")
     sub.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda or cuda:N")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
+                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them), e.g. expert_memory_gb=1.5: memory for "
+                     "rounding a layer's experts, beside its weights (default 3)")
+
+
+def _attention_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
 
 
 def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
@@ -291,7 +317,12 @@ def _export(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import export
 
     quant, export_config = _configs(args)
-    target = load_target(args.target)
+    if (args.target is None) != (args.flavour == "ort"):
+        if args.target is None:
+            raise UserError("export needs --target",
+                            "a name from 'ecmfq-export targets', or --flavour ort for graphs for ONNX Runtime alone")
+        raise UserError(f"--target {args.target} with --flavour ort", "graphs for ONNX Runtime alone have no target: leave --target out")
+    target = None if args.target is None else load_target(args.target)
     out, err = _consoles()
     with _resources(args) as resources, RichProgress(err).running() as progress:
         if not resources.ranks.first:
@@ -327,6 +358,19 @@ def _quantize(args: argparse.Namespace) -> int:
             return _help_first_rank(args, quant, resources)
         path = quantize_model(args.model, args.data, args.output, quant, progress, resources)
     out.print(f"quantized checkpoint: {path}", soft_wrap=True)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ecmfq_export.config import QuantConfig
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.workflow import import_model
+
+    config = QuantConfig() if args.attention is None else QuantConfig(attention=args.attention)
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        path = import_model(args.model, args.output, config, progress)
+    out.print(f"imported checkpoint: {path}", soft_wrap=True)
     return 0
 
 

@@ -100,6 +100,9 @@ def quantize_model(
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    if model.weight_only is not None:
+        progress.note(f"{model_dir} holds {model.weight_only.method} int4 weights: their dequantized values are rounded anew "
+                      "('import' and 'export' keep the integers)")
     parts = resolve(config)
     # Rotating unties the output matrix from the embeddings.
     tied = model.spec.tie_word_embeddings and parts.rotate == "none"
@@ -132,11 +135,25 @@ def quantize_model(
         return quantize(model_dir, calibration, smoothing, out_dir, config, progress, resources)
 
 
+def import_model(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+    """Carry another quantizer's int4 checkpoint (GPTQ, AWQ, compressed-tensors) over into `out_dir`, in the place of quantizing.
+
+    Raises:
+        UserError: it is none, holds what the integer kernels cannot, by name, or too little disk is free.
+    """
+    from ecmfq_export import disk_need
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.stages.import_quantized import import_quantized
+
+    disk_need.check_space(disk_need.import_needs(open_model(model_dir), config, out_dir), out_dir)
+    return import_quantized(model_dir, out_dir, config, progress)
+
+
 def export(
     model_dir: Path,
     data: Path | None,
     output: Path,
-    target: Target,
+    target: Target | None,
     quant: QuantConfig,
     export_config: ExportConfig,
     progress: Progress,
@@ -148,7 +165,11 @@ def export(
 ) -> dict[str, Any]:
     """Every stage from a floating-point or quantized checkpoint to a validated bundle.
 
+    Another quantizer's int4 checkpoint is imported where a floating-point one is quantized.
+
     Args:
+        target: what engines are built for; None for ONNX Runtime alone, with weights alone quantized (W4A16). Another quantizer's
+            checkpoint is then taken as it is.
         evaluation: held-out questions (JSONL) for the report; None compares logits only.
         limit: at most so many evaluation items; 0 takes all.
         build: whether to build engines (where the target builds them on this machine).
@@ -161,6 +182,8 @@ def export(
         UserError: any input, machine or validation problem, before a later stage is started; too little disk, before the first one.
     """
     from ecmfq_export import disk_need
+    from ecmfq_export.engine.bundle_engines import builds_here
+    from ecmfq_export.engine.cross_compile import library_for
     from ecmfq_export.graph.pipeline import export_onnx, require_plain_inputs, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
@@ -173,33 +196,38 @@ def export(
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
     require_plain_inputs(model)
-    if model.quantization is None and resolve(quant).rotate == "residual_online":
+    if model.quantization is None and model.weight_only is None and resolve(quant).rotate == "residual_online":
         raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
                         "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
-    if build:
-        from ecmfq_export.engine.cross_compile import library_for
-
+    build = build and target is not None
+    if build and target is not None:
         library_for(target, progress.note)
-    needs = disk_need.export_needs(model, quant, target, output, build)
-    if model.quantization is None:
+    needs = disk_need.export_needs(model, quant, target, output, build and target is not None and builds_here(target))
+    if model.weight_only is not None and target is not None:
+        needs = disk_need.import_needs(model, quant, paths.quantized) + needs
+    if model.quantization is None and model.weight_only is None:
         parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
         prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
         needs = disk_need.quantize_needs(model, quant, prompts, paths.quantized, activation_bytes) + needs
     disk_need.check_space(needs, output)
     with remembered(paths.root / "stages" / HASHES):
-        if model.quantization is None:
+        if model.weight_only is not None and target is None:
+            progress.note(f"the {model.weight_only.method} weights are taken as they are: activations stay in floating point (W4A16)")
+        elif model.weight_only is not None:
+            quantized = import_model(model_dir, paths.quantized, quant, progress)
+        elif model.quantization is None:
             quantized = quantize_model(model_dir, data, paths.quantized, quant, progress, resources)
         else:
             progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
         export_onnx(quantized, paths.onnx, target, export_config, progress)
         drop_stale_engines(paths, progress)
-        folder = build_engines(output, target, progress) if build else None
+        folder = build_engines(output, target, progress) if build and target is not None else None
         engines = folder if folder is not None and folder in paths.engine_folders("build") else None
         report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                           engines_dir=engines)
-    seal(paths, {"target": target.name}, {"engines_built": engines is not None})
+    seal(paths, {"target": target.name} if target is not None else {"flavour": "ort"}, {"engines_built": engines is not None})
     return report
 
 
@@ -261,7 +289,11 @@ def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = 
         if not engine.is_file():
             raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
     # Engines that trtexec wrote are in no manifest; everything that is in one must be as it says.
-    bundle.verify(folder, bundle.read_manifest(folder))
+    manifest = bundle.read_manifest(folder)
+    bundle.verify(folder, manifest)
+    if manifest.inputs.get("onnx") != bundle.fingerprint(paths.onnx):
+        raise BundleError(f"{folder} was built from other graphs than the bundle holds",
+                          f"build it again: ecmfq-export build {bundle_root} --target {target.name}")
     return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 

@@ -25,12 +25,13 @@ OWN: dict[str, set[str]] = {
     "file_hashes": set(),
     "bundle": {"errors", "config", "file_hashes", "quant.qtensor"},
     # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
-    "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
-               "runtime.sample"},
+    "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.int4_words", "quant.pack", "quant.qtensor",
+               "quant.weight_only", "runtime.host_inputs", "runtime.sample"},
     # The processor makes calibration samples from images and text.
     "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
                "runtime.processor", "runtime.sample"},
-    "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.kernel_layout", "quant.pack", "quant.qtensor"},
+    "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.block_layout", "quant.kernel_layout", "quant.pack",
+              "quant.qtensor"},
     "engine": {"errors", "target", "bundle", "progress"},
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
     "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},

@@ -101,9 +101,13 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
     plain = workflow.open_generator(root).generate(prompt, max_new_tokens=4)
     with pytest.raises(BundleError, match=r"no engine at .*rtx/decoder\.engine\n.*build"):
         workflow.open_generator(root, target=target)
-    with bundle.write_stage(root / "engines" / "rtx", "build", {}, {}) as (work, _):
-        for part in ("decoder", "vision"):
-            (work / f"{part}.engine").write_text(part)
+    for graphs in ("of another model", bundle.fingerprint(root / "onnx")):
+        with bundle.write_stage(root / "engines" / "rtx", "build", {}, {"onnx": graphs}) as (work, _):
+            for part in ("decoder", "vision"):
+                (work / f"{part}.engine").write_text(part)
+        if graphs == "of another model":
+            with pytest.raises(BundleError, match="built from other graphs"):
+                workflow.open_generator(root, target=target)
 
     class InPlace(OrtRunner):
         device_bytes = 5

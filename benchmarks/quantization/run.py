@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from problem import EXPERTS
+from problem import EXPERTS  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 

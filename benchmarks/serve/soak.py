@@ -1,6 +1,6 @@
 """Ten minutes of mixed traffic against a server on this machine: does it stay right, and does it stay small?
 
-    python benchmarks/serve/soak.py BUNDLE [--seconds 600] [--clients 24] [--output FILE]
+    python -m benchmarks.serve.soak BUNDLE [--seconds 600] [--clients 24] [--output FILE]
 
 Starts ``ecmfq-export serve BUNDLE`` on a free loopback port with an API key, sends requests of which 5% are broken (see traffic.py),
 compares every answer with what the model says without a server, and reads the process's memory, threads and open files each second.

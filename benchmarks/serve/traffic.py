@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import numpy as np
-from openai import APIStatusError, AsyncOpenAI
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 from PIL import Image
 
 from ecmfq_export.runtime.chat import Turn
@@ -141,6 +141,9 @@ class Traffic:
                 self.tally.outcomes[f"good {error.status_code}"] += 1
                 if error.status_code != 429:
                     self.tally.wrong.append(f"request {number}: {error}")
+                return
+            except APIConnectionError as error:
+                self.tally.wrong.append(f"request {number}: {error!r} from {error.__cause__!r}")
                 return
             self.tally.seconds.append(time.monotonic() - start)
             self.tally.outcomes["good"] += 1

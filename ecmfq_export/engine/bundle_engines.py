@@ -14,7 +14,14 @@ from ecmfq_export.engine.device import current_device
 from ecmfq_export.engine.device_kit import Part, runs_on_oldest, total_needs, write_kit
 from ecmfq_export.engine.engine_file import expect_plugin_nodes
 from ecmfq_export.engine.memory import check_memory, memory_needs
-from ecmfq_export.engine.plugin_library import LIBRARY_NAME, check_plugin_library, find_plugin_library, host_platform, read_plugin_library
+from ecmfq_export.engine.plugin_library import (
+    LIBRARY_NAME,
+    LOCAL_LIBRARY_NAME,
+    check_plugin_library,
+    find_plugin_library,
+    host_platform,
+    read_plugin_library,
+)
 from ecmfq_export.engine.profiles import decode_ranges, profile_shapes
 from ecmfq_export.engine.trtexec import TIMING_CACHE
 from ecmfq_export.errors import BuildError
@@ -41,14 +48,19 @@ def build_engines(onnx_dir: Path, out_dir: Path, target: Target, progress: Progr
     """
     parts, manifest = engine_parts(onnx_dir, target)
     needs, device = total_needs(parts), current_device()
-    here = device is not None and device.compute_capability in target.compute_capabilities
-    own = device.memory_bytes if device is not None and here else None
+    own = device.memory_bytes if device is not None and device.compute_capability in target.compute_capabilities else None
     progress.note(f"memory: {needs}; {target.name} leaves {target.limits.memory_bytes / 2**30:.1f} GiB to engines"
                   + (f", this device has {own / 2**30:.1f}" if own else ""))
     check_memory(needs, target, own, "the engines need")
-    if target.engine.build == "host-aot" or here:
+    if builds_here(target):
         return _build(onnx_dir, out_dir, target, parts, manifest, progress, verbose)
     return _prepare(onnx_dir, out_dir, target, parts, manifest, progress)
+
+
+def builds_here(target: Target) -> bool:
+    """Whether this machine makes the target's engines: any does ahead of time, only the device itself where it builds its own."""
+    device = current_device()
+    return target.engine.build == "host-aot" or device is not None and device.compute_capability in target.compute_capabilities
 
 
 def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundle.Manifest]:
@@ -60,6 +72,8 @@ def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundl
     """
     manifest = bundle.read_manifest(onnx_dir, "onnx")
     bundle.verify(onnx_dir, manifest)
+    if manifest.config.get("flavour") == "ort":
+        raise BuildError(f"{onnx_dir} holds graphs for ONNX Runtime alone (--flavour ort)", f"export again with --target {target.name}")
     for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
         if manifest.config[key] != wanted:
             raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config[key]}, target {target.name} needs {wanted}",
@@ -119,7 +133,7 @@ def _build(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Pa
 
 
 def _shipped_library(out_dir: Path, target: Target, progress: Progress) -> Path | None:
-    """The library that the bundle carries for the device it is built on, where this device's driver loads it.
+    """The library for the device it is built on: compiled there (``LOCAL_LIBRARY_NAME``), or the bundle's where the driver loads it.
 
     Raises:
         BuildError: its hash is not the manifest's.
@@ -127,6 +141,10 @@ def _shipped_library(out_dir: Path, target: Target, progress: Progress) -> Path 
     device = current_device()
     if target.engine.build != "on-device" or device is None or not (out_dir / bundle.MANIFEST).is_file():
         return None
+    local = out_dir / LOCAL_LIBRARY_NAME
+    if local.is_file():
+        progress.note(f"{local} is taken: it was compiled on this device")
+        return check_plugin_library(local).path
     library = check_plugin_library(out_dir / LIBRARY_NAME, bundle.read_manifest(out_dir).files.get(LIBRARY_NAME))
     try:
         check_driver(library, device)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ecmfq_export.engine.cross_compile import plugin_sources, source_files
 from ecmfq_export.engine.memory import MemoryNeeds, Shapes, check_memory
-from ecmfq_export.engine.plugin_library import LIBRARY_NAME, PluginLibrary
+from ecmfq_export.engine.plugin_library import LIBRARY_NAME, LOCAL_LIBRARY_NAME, PluginLibrary
 from ecmfq_export.engine.trtexec import TIMING_CACHE, build_script, trtexec_arguments
 from ecmfq_export.target import Target
 
@@ -111,7 +111,9 @@ engines, with the system's own nvcc (CUDA {target.kernel.cuda}) and CMake 3.22 o
 
   cmake -S {SOURCES} -B /tmp/ecmfq_plugin -DECMFQ_CUDA_ARCHS="{own.replace(", ", ";")}" -DCMAKE_CUDA_COMPILER=/usr/local/cuda/bin/nvcc
   cmake --build /tmp/ecmfq_plugin
-  cp /tmp/ecmfq_plugin/{LIBRARY_NAME} .
+  cp /tmp/ecmfq_plugin/{LIBRARY_NAME} {LOCAL_LIBRARY_NAME}
+
+{SCRIPT} and 'ecmfq-export' take {LOCAL_LIBRARY_NAME} before {LIBRARY_NAME}.
 """
     return text
 

@@ -15,6 +15,8 @@ import ecmfq_export
 from ecmfq_export.errors import BuildError
 
 LIBRARY_NAME = "libecmfq_plugin.so"
+LOCAL_LIBRARY_NAME = "libecmfq_plugin.local.so"
+"""In an engine folder: compiled on the device itself, and taken before the one that the bundle brought."""
 ABI_VERSION = 1  # ECMFQ_ABI_VERSION of plugins/capi/ecmfq.h
 _INSTALL = "pip install . (compiles it), or: cmake -S plugins -B build/plugins -G Ninja && cmake --build build/plugins"
 

@@ -16,7 +16,7 @@ import numpy as np
 from ecmfq_export.engine.bound_engine import BoundEngine, Context, Shape
 from ecmfq_export.engine.cuda_runtime import CudaRuntime
 from ecmfq_export.engine.device import current_device
-from ecmfq_export.engine.plugin_library import LIBRARY_NAME
+from ecmfq_export.engine.plugin_library import LIBRARY_NAME, LOCAL_LIBRARY_NAME
 from ecmfq_export.engine.trt_module import LogLines, load_module, make_logger
 from ecmfq_export.errors import BuildError
 from ecmfq_export.target import Target
@@ -28,9 +28,9 @@ class TrtRunner:
     Args:
         path: the engine.
         target: what it was built for.
-        plugin_library: for an engine that does not embed it; None: ``libecmfq_plugin.so`` beside the engine, where the target
-            has it there.
-        graphs: replay repeated decode steps as CUDA graphs.
+        plugin_library: for an engine that does not embed it; None: the one beside the engine, where the target has it there (one
+            that was compiled on the device first).
+        graphs: replay repeated calls as CUDA graphs: TensorRT-RTX's own, which follow changing shapes, or ours of decode steps.
 
     Raises:
         BuildError: no device, a device of another compute capability, no CUDA runtime, or TensorRT refuses the engine.
@@ -43,10 +43,10 @@ class TrtRunner:
             raise BuildError(f"{path} needs a GPU of compute capability {list(target.compute_capabilities)}; found: {found}",
                              "without a GPU, ONNX Runtime runs the bundle: ecmfq-export run")
         self._cuda = CudaRuntime()
-        beside = Path(path).with_name(LIBRARY_NAME)
-        if plugin_library is None and target.engine.plugin == "beside" and beside.is_file():
-            plugin_library = beside
-        engine = _TrtEngine(Path(path), target, self._cuda, plugin_library)
+        if plugin_library is None and target.engine.plugin == "beside":
+            beside = (Path(path).with_name(name) for name in (LOCAL_LIBRARY_NAME, LIBRARY_NAME))
+            plugin_library = next((library for library in beside if library.is_file()), None)
+        engine = _TrtEngine(Path(path), target, self._cuda, plugin_library, graphs)
         self._bound = BoundEngine(engine, self._cuda, kv_cache=target.kv_cache, graphs=graphs)
 
     @property
@@ -73,7 +73,7 @@ class TrtRunner:
 class _TrtEngine:
     """TensorRT's engine behind bound_engine.Engine: weights once, one context a profile."""
 
-    def __init__(self, path: Path, target: Target, cuda: CudaRuntime, plugin_library: Path | None) -> None:
+    def __init__(self, path: Path, target: Target, cuda: CudaRuntime, plugin_library: Path | None, graphs: bool) -> None:
         before = cuda.memory()[0]
         module = load_module(target.engine)
         self._log = LogLines()
@@ -96,12 +96,19 @@ class _TrtEngine:
         for index in range(self._engine.num_optimization_profiles):
             ranges = {name: self._engine.get_tensor_profile_shape(name, index) for name in given}
             self.profiles.append({name: (tuple(shapes[0]), tuple(shapes[2])) for name, shapes in ranges.items()})
-            context = self._engine.create_execution_context()
+            context = self._new_context(module, graphs and target.engine.runtime == "tensorrt_rtx")
             if context is None or not context.set_optimization_profile_async(index, cuda.stream):
                 raise BuildError(f"{path}: no execution context for profile {index}: {self.error()}", "free device memory")
             cuda.synchronize()
             self.contexts.append(_TrtContext(context))
         self.device_bytes = max(before - cuda.memory()[0], 0)
+
+    def _new_context(self, module: Any, own_graphs: bool) -> Any:
+        if not own_graphs:
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(config)
 
     def error(self) -> str:
         return "; ".join(self._log.errors)

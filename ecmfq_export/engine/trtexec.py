@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from ecmfq_export.engine.memory import Shapes
+from ecmfq_export.engine.plugin_library import LIBRARY_NAME, LOCAL_LIBRARY_NAME
 
 TIMING_CACHE = "timing.cache"
 
@@ -48,6 +49,8 @@ def trtexec_line(arguments: list[str], program: str = "trtexec") -> str:
 def build_script(lines: Mapping[str, list[str]], description: str) -> str:
     """A shell script with one trtexec call for each part of the bundle, run from the script's own folder.
 
+    The plugin library is the bundle's, or one that was compiled on the device and lies beside it as ``LOCAL_LIBRARY_NAME``.
+
     Args:
         lines: part to its arguments, paths relative to the script.
         description: what stands above the calls, as comment lines.
@@ -55,10 +58,13 @@ def build_script(lines: Mapping[str, list[str]], description: str) -> str:
     comment = "\n".join(f"# {line}".rstrip() for line in description.splitlines())
     program = '"$TRTEXEC"'
     calls = "\n".join(f"echo 'building {part}.engine'\n{trtexec_line(arguments, program)}" for part, arguments in lines.items())
+    calls = calls.replace(f"--dynamicPlugins=./{LIBRARY_NAME}", '"--dynamicPlugins=$PLUGIN"')
     return f"""#!/bin/sh
 {comment}
 set -eu
 cd "$(dirname "$0")"
 TRTEXEC=${{TRTEXEC:-$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)}}
+PLUGIN=./{LIBRARY_NAME}
+if [ -f {LOCAL_LIBRARY_NAME} ]; then PLUGIN=./{LOCAL_LIBRARY_NAME}; fi
 {calls}
 """

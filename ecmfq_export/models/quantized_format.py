@@ -32,7 +32,7 @@ from ecmfq_export.quant.pack import pack_int4
 from ecmfq_export.quant.qtensor import QTensor
 
 _SIDE_FILES = re.compile(r".*\.(json|jinja|txt|model|md)|LICENSE.*|NOTICE.*")
-_WEIGHT_FILES = re.compile(r".*\.index\.json|config\.json|manifest\.json|README\.md")
+_WEIGHT_FILES = re.compile(r".*\.index\.json|config\.json|quant(ize)?_config\.json|manifest\.json|README\.md")
 _SMALL = re.compile(r"norm\.weight$|\.router\.weight$|\.bias$")
 """What folds leave in floating point; all of it together is small beside a layer's weights."""
 
@@ -126,7 +126,7 @@ class QuantizedWriter:
                 total += entry.num_bytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.work_dir / INDEX_FILE, index)
-        config = dict(self.model.config)
+        config = {key: value for key, value in self.model.config.items() if key != "quantization_config"}
         schemes = self._schemes(weight_map)
         quantization = quantization_config(schemes, self.model)
         if quantization is not None:

@@ -252,7 +252,7 @@ def _groups(quantization: Any) -> tuple[list[tuple[list[str], Scheme]], list[str
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise UnsupportedError(
             f"quantization_config of method {method!r} is not supported",
-            "give the floating-point checkpoint, or one quantized by ecmfq-export (compressed-tensors)",
+            "supported: gptq, awq, compressed-tensors; or give the floating-point checkpoint",
         )
     if quantization.get("quantization_status", "compressed") != "compressed":
         raise UnsupportedError(f"quantization_status {quantization.get('quantization_status')!r}", "expected 'compressed'")

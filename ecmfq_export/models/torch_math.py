@@ -190,11 +190,12 @@ class IntegerWeight:
     @classmethod
     def of(cls, weight: QTensor) -> IntegerWeight:
         """Widen `weight`; four bytes a value."""
-        values, largest = weight.qvalue.float(), grid_limit(weight.num_bits)
+        values, largest = weight.qvalue.float(), 8 if weight.num_bits == 4 else grid_limit(weight.num_bits)
         if weight.group_multiplier is not None:
             values.unflatten(-1, (-1, GROUP)).mul_(weight.group_multiplier.float().unsqueeze(-1))
             largest *= int(weight.group_multiplier.max())
-        step = max(1, _EXACT // (127 * largest))
+        # Grouped products want rows that start at multiples of 16 bytes.
+        step = max(4, _EXACT // (127 * largest) // 4 * 4)
         columns = values.shape[-1]
         parts = tuple(slice(start, min(start + step, columns)) for start in range(0, columns, step))
         return cls(values, weight.scale, parts)

@@ -20,7 +20,7 @@ LARGEST_SCALE = 65504.0
 
 
 def grid_limit(num_bits: int) -> int:
-    """Largest magnitude of the symmetric integer grid: 1, 3, 7 and 127 for 2, 3, 4 and 8 bits.
+    """Largest magnitude of the symmetric integer grid that weights are rounded to: 1, 3, 7 and 127 for 2, 3, 4 and 8 bits.
 
     Raises:
         UnsupportedError: another number of bits.
@@ -37,7 +37,8 @@ class QTensor:
     The multipliers are integers, so a product with int8 activations stays integer until the one scale of a channel is applied.
 
     Attributes:
-        qvalue: int8 [..., N, K], in [-7, 7] for 4 bits and [-127, 127] for 8 bits; see :func:`grid_limit`.
+        qvalue: int8 [..., N, K], in [-8, 7] for 4 bits and [-127, 127] for 8 bits. What is rounded here stays in [-7, 7]; other
+            quantizers use -8 as well, and packing, graphs and kernels carry it. See :func:`grid_limit`.
         scale: float32 [..., N], positive, each value exactly a float16 (so that a checkpoint stores 2 bytes a channel).
         num_bits: 4 or 8; 2 and 3 only until the weight is stored, see :meth:`in_storage`.
         group_size: -1, one scale an output channel; 128, plus ``group_multiplier``.
@@ -62,8 +63,9 @@ class QTensor:
             raise UserError(f"scale is {self.scale.dtype} {list(self.scale.shape)}, expected float32 {expected}")
         if self.qvalue.numel():
             low, high = (int(v) for v in torch.aminmax(self.qvalue))
-            if low < -limit or high > limit:
-                raise UserError(f"qvalue spans [{low}, {high}], outside [{-limit}, {limit}] of {self.num_bits} bits")
+            lowest = -8 if self.num_bits == 4 else -limit
+            if low < lowest or high > limit:
+                raise UserError(f"qvalue spans [{low}, {high}], outside [{lowest}, {limit}] of {self.num_bits} bits")
             low_scale, high_scale = (float(v) for v in torch.aminmax(self.scale))
             # NaN fails the comparison as well.
             if not (low_scale > 0.0 and high_scale <= LARGEST_SCALE):

@@ -13,7 +13,7 @@ from PIL import Image
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.runtime.images import ImageInput, load_rgb
 
-PREPROCESSOR_CONFIG = "preprocessor_config.json"
+PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
 
 _INERT = (
     "image_processor_type", "processor_class", "default_to_square", "device", "disable_grouping", "input_data_format",
@@ -48,19 +48,13 @@ class Preprocessor(Protocol):
 
 
 def load_preprocessor(directory: Path) -> Preprocessor:
-    """The preprocessor that a directory's ``preprocessor_config.json`` describes.
+    """The preprocessor that a directory's ``preprocessor_config.json`` describes, or ``processor_config.json`` without one.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds impossible settings.
         UnsupportedError: another image processor, or a setting that is not understood.
     """
-    path = Path(directory) / PREPROCESSOR_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {PREPROCESSOR_CONFIG}", "copy it from the model") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    path, config = _read(Path(directory))
     kind = config.get("image_processor_type") if isinstance(config, dict) else None
     if kind is None and isinstance(config, dict) and isinstance(config.get("auto_map"), dict):
         # Files of models with remote code name the class there alone.
@@ -73,6 +67,24 @@ def load_preprocessor(directory: Path) -> Preprocessor:
             return loader(config, path)
     known = ", ".join(name for loader in _LOADERS for name in loader.KINDS)
     raise UnsupportedError(f"{path}: image_processor_type {kind!r}", f"supported: {known}")
+
+
+def _read(directory: Path) -> tuple[Path, Any]:
+    """The image settings, and the file they are in: a file of their own, or a section of what transformers 5 saves for a processor."""
+    path = directory / PREPROCESSOR_CONFIG
+    section = not path.is_file() and (directory / PROCESSOR_CONFIG).is_file()
+    path = directory / PROCESSOR_CONFIG if section else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {PREPROCESSOR_CONFIG}", "copy it from the model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if section:
+        config = config.get("image_processor") if isinstance(config, dict) else None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path} has no image_processor, and {directory} no {PREPROCESSOR_CONFIG}", "copy it from the model")
+    return path, config
 
 
 class QwenPreprocessor:

@@ -11,12 +11,12 @@ import numpy as np
 from ecmfq_export.errors import CheckpointError, UserError
 from ecmfq_export.runtime.chat import Turn, render
 from ecmfq_export.runtime.images import ImageInput
-from ecmfq_export.runtime.preprocessors import PREPROCESSOR_CONFIG, load_preprocessor
+from ecmfq_export.runtime.preprocessors import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, load_preprocessor
 from ecmfq_export.runtime.sample import ProcessedSample
 
 PROCESSOR_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", PREPROCESSOR_CONFIG, "generation_config.json",
+    "chat_template.json", PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "generation_config.json",
 )  # fmt: skip
 """Every file that :class:`Processor` reads; the ones a checkpoint has are copied beside the graphs."""
 

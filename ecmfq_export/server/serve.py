@@ -17,6 +17,10 @@ from ecmfq_export.server.settings import Settings, listen
 
 log = logging.getLogger(__name__)
 
+_KEEP_ALIVE = 30
+"""Seconds that an idle connection stays open. Clients drop theirs after 5 (httpx, which OpenAI's client uses); a server that drops it
+at the same moment breaks the request that is just being sent."""
+
 
 class ChatServer(uvicorn.Server):
     """uvicorn, told what to do when it is ready and when it stops.
@@ -30,7 +34,7 @@ class ChatServer(uvicorn.Server):
         super().__init__(uvicorn.Config(
             create_app(chat), http="h11", ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False,
             proxy_headers=False, server_header=False, limit_concurrency=limits.max_connections + 1,
-            timeout_graceful_shutdown=max(1, round(chat.settings.grace)),
+            timeout_keep_alive=_KEEP_ALIVE, timeout_graceful_shutdown=max(1, round(chat.settings.grace)),
         ))  # fmt: skip
         self._chat, self._on_ready = chat, on_ready
 

@@ -17,6 +17,7 @@ from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.progress import Silent
+from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.target import Target, load_target
 from tests.stages.common import make_pool
 from tests.tiny_families import FAMILIES
@@ -62,7 +63,9 @@ def test_the_engine_holds_one_plugin_node_for_each_moe_layer(exported) -> None:
     engine = read_engine_file(bundle_dir / "engines" / "rtx" / "decoder.engine")
     spec = open_model(bundle_dir / "stages" / "quantized").spec
     assert [node.plugin for node in engine.plugin_nodes] == ["EcmfqRoutedMoE"] * len(spec.moe_layers) != []
-    moe = json.loads((bundle_dir / "onnx" / "runtime.json").read_text())["moe"]
+    facts = json.loads((bundle_dir / "onnx" / "runtime.json").read_text())
+    assert tuple(facts["eos_token_ids"]) == Processor(bundle_dir / "onnx").eos_token_ids != ()
+    moe = facts["moe"]
     mlp = spec.layers[spec.moe_layers[0]].mlp
     assert (moe["num_experts"], moe["top_k"], moe["num_shared_experts"]) == (mlp.num_experts, mlp.top_k, mlp.num_shared_experts)
 

@@ -88,6 +88,22 @@ def test_script_builds_both_engines_with_the_profiles(prepared: Path, onnx_dir: 
         (prepared / f"{part}.engine").unlink()
 
 
+def test_a_library_compiled_on_the_device_comes_first(prepared: Path, onnx_dir: Path, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the script, and by a build on the device; the bundle's own file keeps its hash."""
+    folder = tmp_path / "engines" / "h100"
+    shutil.copytree(prepared, folder)
+    shutil.copyfile(find_plugin_library(), folder / "libecmfq_plugin.local.so")
+    (tmp_path / "trtexec").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "trtexec").chmod(0o755)
+    done = subprocess.run(["sh", str(folder / "build.sh")], check=True, env={**os.environ, "TRTEXEC": str(tmp_path / "trtexec")},
+                          capture_output=True, text=True)
+    assert done.stdout.count("--dynamicPlugins=./libecmfq_plugin.local.so") == 1 and "=./libecmfq_plugin.so" not in done.stdout
+    monkeypatch.setattr(bundle_engines, "current_device", lambda: Device("H100", 90, 132, 1 << 36, "12.6"))
+    assert bundle_engines._shipped_library(folder, _here("h100"), Silent()) == folder / "libecmfq_plugin.local.so"
+    bundle.verify(folder, bundle.read_manifest(folder))
+
+
 def _shapes(options: dict[str, str]) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Tensor to its three shapes, from trtexec's options."""
     kinds = [dict(item.split(":") for item in options[name].split(",")) for name in ("minShapes", "optShapes", "maxShapes")]

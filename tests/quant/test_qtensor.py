@@ -139,7 +139,7 @@ def good() -> dict:
 
 @pytest.mark.parametrize("change", [
     {"qvalue": torch.full((2, 128), 8, dtype=torch.int8)},
-    {"qvalue": torch.full((2, 128), -8, dtype=torch.int8)},
+    {"qvalue": torch.full((2, 128), -9, dtype=torch.int8)},
     {"qvalue": torch.full((2, 128), -128, dtype=torch.int8), "num_bits": 8},
     {"qvalue": torch.zeros(2, 128)},
     {"scale": torch.ones(3)},
