@@ -204,7 +204,7 @@ class _Study:
             "schema_version": SCHEMA_VERSION,
             "model": {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size,
                       "experts": moe[0].num_experts if moe else 0, "top_k": moe[0].top_k if moe else 0,
-                      "quantized": self.quantized.quantization is not None, "computes": self.computes},
+                      "quantized": self.quantized.quantization is not None or bool(self.computes), "computes": self.computes},
             "settings": {"items": len(self.prompts.samples), "positions": self.prompts.positions,
                          "tapped_items": len(self.tapped), "onnx_dtype": self.onnx_dtype},
             "vision": vision,
