@@ -124,12 +124,12 @@ def validate(
 
 
 def _imported(quantized_dir: Path) -> str:
-    """What an imported checkpoint computes with, and what it was made for; empty for others."""
+    """What an imported checkpoint computes with and was made for; empty for others."""
     try:
         manifest = bundle.read_manifest(quantized_dir, "import")
     except BundleError:
         return ""
-    return f"W4A8, imported from {manifest.info['method']} (made for W4A16)"
+    return f"W4A8, imported from {manifest.info['method']} (activations: {manifest.info['activations']})"
 
 
 def _existing(data: Path) -> Path:
