@@ -54,6 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=EXPERTS, help="of ours and of the faster peer (default 128)")
     parser.add_argument("--part", type=int, default=8, help="experts of the slower runs, whose time is scaled to 128")
+    parser.add_argument("--batch", type=int, default=4, help="experts that llm-compressor takes at a time")
+    parser.add_argument("--first", type=int, default=4, help="experts of GPTQModel's run, which knows no batches")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     args = parser.parse_args()
@@ -62,12 +64,12 @@ def main() -> None:
              "ours, a part": side(sys.executable, "ours.py", "--experts", args.part),
              "ours with the cross term, a part": side(sys.executable, "ours.py", "--experts", args.part, "--cross")}
     if args.llmcompressor:
-        parts = {batch: side(args.llmcompressor, "peers.py", "llmcompressor", "--experts", args.part, "--batch", batch) for batch in (1, 4)}
-        batch = min(parts, key=lambda batch: sum(parts[batch]["seconds"].values()))
-        sides |= {f"llm-compressor, batches of {batch}, a part": found for batch, found in parts.items()}
-        sides["llm-compressor"] = side(args.llmcompressor, "peers.py", "llmcompressor", "--experts", args.experts, "--batch", batch)
+        sides["llm-compressor, one at a time, a part"] = side(
+            args.llmcompressor, "peers.py", "llmcompressor", "--experts", args.part, "--first", args.first, "--batch", 1)
+        for name, experts in (("llm-compressor, a part", args.part), ("llm-compressor", args.experts)):
+            sides[name] = side(args.llmcompressor, "peers.py", "llmcompressor", "--experts", experts, "--batch", args.batch)
     if args.gptqmodel:
-        sides["GPTQModel, a part"] = side(args.gptqmodel, "peers.py", "gptqmodel", "--experts", args.part)
+        sides["GPTQModel, a part"] = side(args.gptqmodel, "peers.py", "gptqmodel", "--experts", args.part, "--first", args.first)
     processor = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     report = {"date": datetime.date.today().isoformat(), "processor": processor, "cores": len(os.sched_getaffinity(0)), "sides": sides}
     name = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
