@@ -97,10 +97,11 @@ def main() -> None:
     for name, found in values.items():
         weight = getattr(layer, name)
         one = [(x @ (q - w).T).square().sum() / (x @ w.T).square().sum()
-               for x, q, w in zip(inputs[name][:4], found[:4], weight[:4], strict=True)]
+               for x, q, w in zip(inputs[name][:4], found[:4], weight[: min(4, first)], strict=True)]
         errors.append(float(sum(one) / len(one)))
     print(json.dumps({
-        "seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "others": meter.others, "experts": first, "batch": args.batch,
+        "seconds": meter.seconds, "core_seconds": meter.core_seconds, "peak_bytes": meter.peak_bytes, "others": meter.others,
+        "experts": first, "batch": args.batch,
         "result_bytes": sum(4 * found.numel() for found in values.values()), "threads": torch.get_num_threads(), "error": errors,
         "version": importlib.metadata.version(args.peer), "torch": torch.__version__,
     }))
