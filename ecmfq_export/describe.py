@@ -65,9 +65,9 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:
-    import onnx
+    from ecmfq_export.engine.graph_file import load_graph
 
-    model = onnx.load(path, load_external_data=False)
+    model = load_graph(path)
 
     def values(items: Any) -> dict[str, list[int | str]]:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in items}

@@ -202,14 +202,12 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
     from ecmfq_export.engine.profiles import profile_shapes
 
     onnx_dir = Paths(bundle_root).onnx
-    manifest = bundle.read_manifest(onnx_dir, "onnx")
-    bundle.verify(onnx_dir, manifest)
+    manifest = bundle.open_stage(onnx_dir, "onnx")
+    ranges, num_plugin_nodes = onnx_facts(manifest, onnx_dir)
     for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
-        if manifest.config[key] != wanted:
-            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config[key]}, target {target.name} needs {wanted}",
+        if manifest.config.get(key) != wanted:
+            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config.get(key)}, target {target.name} needs {wanted}",
                              f"export again with --target {target.name} (into another bundle to keep both)")
-    ranges = {name: tuple(values) for name, values in manifest.info["dim_ranges"].items()}
-    num_plugin_nodes = int(manifest.info["num_plugin_nodes"])
     out_dir = Paths(bundle_root).engines(target)
     library = find_plugin_library()
     config = {"target": dataclasses.asdict(target), "ranges": manifest.info["dim_ranges"]}
@@ -231,6 +229,21 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
     return out_dir
 
 
+def onnx_facts(manifest: bundle.Manifest, onnx_dir: Path) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """What building engines takes from the manifest of the graphs: ranges of the symbolic dimensions, and how many plugin nodes.
+
+    Raises:
+        BundleError: a fact that is missing or of another form.
+    """
+    ranges, nodes = manifest.info.get("dim_ranges"), manifest.info.get("num_plugin_nodes")
+    if not isinstance(ranges, dict) or not ranges or type(nodes) is not int or not 0 <= nodes < 2**20 or any(
+        not isinstance(values, list) or len(values) != 3 or any(type(value) is not int or not 1 <= value < 2**31 for value in values)
+        for values in ranges.values()
+    ):
+        raise bundle.BundleError(f"{onnx_dir / bundle.MANIFEST}: dim_ranges or num_plugin_nodes is missing or wrong", "export again")
+    return {name: (values[0], values[1], values[2]) for name, values in ranges.items()}, nodes
+
+
 def open_generator(bundle_root: Path, threads: int = 0) -> Generator:
     """The bundle's model in ONNX Runtime, ready to answer; every file's hash is checked first.
 
@@ -239,9 +252,10 @@ def open_generator(bundle_root: Path, threads: int = 0) -> Generator:
     """
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.runtime.generate import Generator
+    from ecmfq_export.runtime.runtime_file import verify_export
 
     onnx_dir = Paths(bundle_root).onnx
-    bundle.verify(onnx_dir, bundle.read_manifest(onnx_dir, "onnx"))
+    verify_export(onnx_dir)
     return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
 
 

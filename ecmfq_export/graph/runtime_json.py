@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.graph import ops
 from ecmfq_export.graph.attention import cache_head_dim
+from ecmfq_export.json_file import read_json
 from ecmfq_export.models.spec import ModelSpec, MoESpec
 
 FILE = "runtime.json"
@@ -98,11 +98,12 @@ def eos_token_ids(model_dir: Path, config: dict[str, Any]) -> list[int]:
     path, value = model_dir / "generation_config.json", None
     if path.is_file():
         try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            value = read_json(path).get("eos_token_id")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
     for source in (config.get("text_config") or {}, config):
         value = source.get("eos_token_id") if value is None else value
-    if value is None:
-        return []
-    return list(dict.fromkeys(int(v) for v in (value if isinstance(value, list) else [value])))
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(index) is not int for index in ids):
+        raise CheckpointError(f"eos_token_id of {model_dir} is {value!r}", "expected a token id, or a list of them")
+    return list(dict.fromkeys(ids))

@@ -34,7 +34,7 @@ _TEXT_HARMLESS = BOOKKEEPING | {
 }
 
 
-_MAX_LAYERS = 10_000
+_MAX_LAYERS = 1000
 """A damaged count must not keep the machine building layers."""
 
 

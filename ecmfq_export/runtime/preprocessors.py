@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
-from ecmfq_export.runtime.images import ImageInput, load_rgb
+from ecmfq_export.json_file import read_json
+from ecmfq_export.runtime.images import MAX_PIXELS, ImageInput, load_rgb
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
@@ -21,6 +21,10 @@ _INERT = (
     "feature_extractor_type", "video_processor_type", "auto_map",
 )  # fmt: skip
 """Settings of any image processor that do not change what it does here."""
+
+
+_MAX_PATCH = 512
+"""Pixels a side of a patch, patches a side of a merged one, frames of a patch."""
 
 
 class Preprocessor(Protocol):
@@ -54,7 +58,7 @@ def load_preprocessor(directory: Path) -> Preprocessor:
     """
     path = Path(directory) / PREPROCESSOR_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {PREPROCESSOR_CONFIG}", "copy it from the model") from None
     except (OSError, ValueError) as error:
@@ -71,6 +75,24 @@ def load_preprocessor(directory: Path) -> Preprocessor:
             return loader(config, path)
     known = ", ".join((*QwenPreprocessor.KINDS, *NavitPreprocessor.KINDS))
     raise UnsupportedError(f"{path}: image_processor_type {kind!r}", f"supported: {known}")
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a setting is of its kind and moderate: transformers computes with whatever it gets."""
+    if key == "size":
+        return isinstance(value, dict) and all(_fits("pixels", side) for side in value.values())
+    if key in ("pixels", "min_pixels", "max_pixels"):
+        return type(value) is int and 1 <= value <= MAX_PIXELS
+    if key in ("patch_size", "temporal_patch_size", "merge_size"):
+        return type(value) is int and 1 <= value <= _MAX_PATCH
+    if key in ("image_mean", "image_std"):
+        floor = 0.0 if key == "image_std" else -1e3
+        return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and floor < v < 1e3 for v in value)
+    if key == "resample":
+        return type(value) is int and 0 <= value <= 5
+    if key == "rescale_factor":
+        return type(value) in (int, float) and 0 < value <= 1
+    return type(value) is bool
 
 
 class QwenPreprocessor:
@@ -90,6 +112,9 @@ class QwenPreprocessor:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         settings = {key: config[key] for key in self.SETTINGS if config.get(key) is not None}
+        for key, value in settings.items():
+            if not _fits(key, value):
+                raise CheckpointError(f"{path}: {key} = {str(value)[:100]!r} is out of range", "copy the file from the model again")
         try:
             self._processor = Qwen2VLImageProcessorPil(**settings)
         except (TypeError, ValueError) as error:

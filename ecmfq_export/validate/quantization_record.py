@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.errors import BundleError
+from ecmfq_export.json_file import read_json
 
 LAYERS, SCALES = "quantization.json", "smoothing_scales.safetensors"
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -39,10 +39,10 @@ def read_record(quantized_dir: Path) -> dict[str, Any] | None:
     path = quantized_dir / LAYERS
     if path.is_file():
         try:
-            record["layers"] = json.loads(path.read_text(encoding="utf-8"))
+            record["layers"] = read_json(path)
             if not isinstance(record["layers"], list) or not all(isinstance(row, dict) and "layer" in row for row in record["layers"]):
                 raise ValueError("no list of layers")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise BundleError(f"{path} is damaged: {error}", "quantize again") from None
     if (quantized_dir / SCALES).is_file():
         record["scales"] = _scales(quantized_dir / SCALES)
