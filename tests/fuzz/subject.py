@@ -15,11 +15,31 @@ import torch
 
 from ecmfq_export import bundle, workflow
 from ecmfq_export.config import ExportConfig, QuantConfig
+from ecmfq_export.errors import UserError
 from ecmfq_export.graph.pipeline import export_onnx
 from ecmfq_export.progress import Silent
 from ecmfq_export.target import load_target
 from tests.fuzz.sandbox import outcome
 from tests.tiny_models import make_qwen3_vl_moe
+
+CASES = 100
+"""Of each seed."""
+
+SEEDS = {
+    "manifests": range(0, 7),
+    "changed files are not opened": range(10, 17),
+    "runtime json": range(20, 27),
+    "processor files": range(30, 32),
+    "safetensors headers": range(100, 107),
+    "embedding tables": range(110, 113),
+    "damaged shards and indices of a model": range(120, 122),
+    "config json": range(130, 136),
+    "places of weights": range(200, 206),
+    "nodes": range(210, 214),
+    "bytes": range(220, 225),
+    "target files": range(300, 306),
+}
+"""Seeds of each test; all of them together draw at least 5,000 cases."""
 
 SECRET = "outside.bin"
 """A file beside the bundle, large enough to serve as any of its weight files: nothing may read it."""
@@ -90,10 +110,10 @@ class Subject:
 
 
 def run_cases(
-    subject: Subject, seed: int, count: int, mutate: Callable[[random.Random], tuple[str, bytes, str]], read: Callable[[], object],
+    subject: Subject, seed: int, mutate: Callable[[random.Random], tuple[str, bytes, str]], read: Callable[[], object],
     *, rehash: bool, may_pass: bool = True,
-) -> int:  # fmt: skip
-    """`count` cases drawn from `seed`; returns how many ended with an error of ours.
+) -> list[UserError]:  # fmt: skip
+    """``CASES`` cases drawn from `seed`; returns the errors of ours that they ended with.
 
     Args:
         mutate: draws a file's name in the bundle, its bytes and what was done.
@@ -101,8 +121,8 @@ def run_cases(
         rehash: whether the manifests' hashes are made to fit.
         may_pass: whether a reader may take what it gets, the fault being one that changes nothing or nothing that can be seen.
     """
-    refused = 0
-    for case in range(count):
+    refused = []
+    for case in range(CASES):
         draw = random.Random(f"{seed}/{case}")
         name, data, done = mutate(draw)
         with subject.changed(name, data, rehash):
@@ -111,5 +131,5 @@ def run_cases(
             except AssertionError as failure:
                 raise AssertionError(f"case {seed}/{case}: {name}: {done}: {failure}") from failure
         assert may_pass or error is not None or data == subject.bytes_of(name), f"case {seed}/{case}: {name}: {done}: taken"
-        refused += error is not None
+        refused += [] if error is None else [error]
     return refused

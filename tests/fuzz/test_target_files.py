@@ -12,6 +12,7 @@ import pytest
 from ecmfq_export.target import list_targets, load_target
 from tests.fuzz.mutations import mutate_bytes, mutate_tree
 from tests.fuzz.sandbox import outcome
+from tests.fuzz.subject import CASES, SEEDS
 
 FOLDER = Path(__file__).parents[2] / "targets"
 
@@ -44,11 +45,11 @@ def _mutate(draw: random.Random) -> tuple[bytes, str]:
     return changed[kind], kind
 
 
-@pytest.mark.parametrize("seed", range(300, 307))
+@pytest.mark.parametrize("seed", SEEDS["target files"])
 def test_target_files(seed: int, tmp_path: Path) -> None:
-    """700 cases."""
+    """A target comes out, or one message."""
     path, refused = tmp_path / "board.toml", 0
-    for case in range(100):
+    for case in range(CASES):
         data, done = _mutate(random.Random(f"{seed}/{case}"))
         path.write_bytes(data)
         try:
@@ -56,3 +57,7 @@ def test_target_files(seed: int, tmp_path: Path) -> None:
         except AssertionError as failure:
             raise AssertionError(f"case {seed}/{case}: {done}: {failure}") from failure
     assert refused > 60
+
+
+def test_enough_cases() -> None:
+    assert CASES * sum(map(len, SEEDS.values())) >= 5000
