@@ -19,11 +19,11 @@ from typing import Any
 
 from ecmfq_export import __version__
 from ecmfq_export.errors import BundleError
+from ecmfq_export.file_hashes import active, sha256_file
 from ecmfq_export.json_file import read_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_CHUNK = 1 << 22
 _MAX_NAME = 2048
 
 
@@ -46,24 +46,19 @@ class Manifest:
     info: dict[str, Any]
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in chunks of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def fingerprint(path: Path) -> str:
-    """One hash for an input: a finished stage by its manifest, a file by its bytes, a directory by its files' names and bytes."""
+    """One hash for an input: a finished stage by its manifest, a file by its bytes, a directory by its files' names and bytes.
+
+    A large file that has not changed since its hash was taken is not read again (:mod:`ecmfq_export.file_hashes`).
+    """
+    hashes = active()
     if path.is_file():
-        return sha256_file(path)
+        return hashes.sha256(path)
     if (path / MANIFEST).is_file():
         return sha256_file(path / MANIFEST)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()}\0{hashes.sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

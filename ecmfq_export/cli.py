@@ -17,6 +17,7 @@ from ecmfq_export.errors import UserError
 
 if TYPE_CHECKING:
     from ecmfq_export.config import ExportConfig, QuantConfig
+    from ecmfq_export.stages.resources import Resources
 
 _DESCRIPTION = """\
 Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint to a W4A8 TensorRT engine.
@@ -30,7 +31,7 @@ examples:
   ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --no-build
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
 
-A run that was stopped continues where it was: finished stages, and finished decoder layers of 'quantize', are kept.
+A run that was stopped continues where it was: finished stages, and finished decoder layers of 'rotate' and 'quantize', are kept.
 """
 
 
@@ -180,6 +181,9 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
                      help=f"one of {', '.join(typing.get_args(Method))} (default ecmfq; rtn needs no data; docs/method.md tells what "
                      "each does, and --set puts another part in the place of the method's)")
     sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
+    sub.add_argument("--memory", type=float, default=1.0, metavar="GB",
+                     help="for activations between layers; what is more lies on disk beside the output (default 1; docs/sizes.md)")
+    sub.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda or cuda:N")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                      help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
 
@@ -196,6 +200,14 @@ def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
     return build_config(QuantConfig, quant, source), build_config(ExportConfig, export, source)
 
 
+def _resources(args: argparse.Namespace) -> Resources:
+    from ecmfq_export.stages.resources import Resources, check_device
+
+    if not args.memory >= 0:
+        raise UserError(f"--memory {args.memory}", "give gigabytes, 0 or more")
+    return Resources(int(args.memory * 1e9), check_device(args.device))
+
+
 def _consoles() -> tuple[Any, Any]:
     """Console of results (standard output) and of progress (standard error)."""
     from rich.console import Console
@@ -210,11 +222,12 @@ def _export(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import export
 
     quant, export_config = _configs(args)
+    resources = _resources(args)
     target = load_target(args.target)
     out, err = _consoles()
     with RichProgress(err).running() as progress:
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
-                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build)
+                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build, resources=resources)
     print_report(report, out)
     out.print(f"bundle: {args.output}", soft_wrap=True)
     require_passed(report)
@@ -226,9 +239,10 @@ def _quantize(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import quantize_model
 
     quant, _ = _configs(args)
+    resources = _resources(args)
     out, err = _consoles()
     with RichProgress(err).running() as progress:
-        path = quantize_model(args.model, args.data, args.output, quant, progress)
+        path = quantize_model(args.model, args.data, args.output, quant, progress, resources)
     out.print(f"quantized checkpoint: {path}", soft_wrap=True)
     return 0
 

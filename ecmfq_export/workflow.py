@@ -23,12 +23,18 @@ from typing import TYPE_CHECKING, Any
 from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig, QuantConfig
 from ecmfq_export.errors import BuildError, UserError
+from ecmfq_export.file_hashes import remembered
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
 
 if TYPE_CHECKING:
     from ecmfq_export.runtime.generate import Generator
+    from ecmfq_export.stages.resources import Resources
     from ecmfq_export.validate.evaluation.result import EvalResult
+
+
+HASHES = ".file_hashes.json"
+"""Beside the stages: hashes of large files as they were when they were read."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,24 @@ class Paths:
         return sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
 
 
-def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+def quantize_model(
+    model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress, resources: Resources | None = None
+) -> Path:
     """Rotate, calibrate, smooth and quantize into `out_dir`; the stages before lie beside it.
 
     What is rotated is quantized in its own basis: every later stage reads the rotated checkpoint, whose function is the original's.
 
     Raises:
-        UserError: the model is unsupported or damaged, or calibration data are needed and missing.
+        UserError: the model is unsupported or damaged, calibration data are needed and missing, or too little disk is free.
     """
+    from ecmfq_export import disk_need
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
     from ecmfq_export.stages.quantize import quantize
     from ecmfq_export.stages.recipes import check_supported
+    from ecmfq_export.stages.resources import DEFAULT
 
+    resources = resources or DEFAULT
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
@@ -91,20 +102,23 @@ def quantize_model(model_dir: Path, data: Path | None, out_dir: Path, config: Qu
     check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
     if parts.needs_data and data is None:
         raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
-    if parts.rotate != "none":
-        from ecmfq_export.stages.rotate import rotate
+    prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
+    disk_need.check_space(disk_need.quantize_needs(model, config, prompts, out_dir, resources.activation_bytes), out_dir)
+    with remembered(out_dir.with_name(HASHES)):
+        if parts.rotate != "none":
+            from ecmfq_export.stages.rotate import rotate
 
-        model_dir = rotate(model_dir, out_dir.with_name("rotated"), config, progress)
-    calibration = smoothing = None
-    if parts.needs_data and data is not None:
-        from ecmfq_export.stages.calibrate import calibrate
+            model_dir = rotate(model_dir, out_dir.with_name("rotated"), config, progress)
+        calibration = smoothing = None
+        if parts.needs_data and data is not None:
+            from ecmfq_export.stages.calibrate import calibrate
 
-        calibration = calibrate(model_dir, data, out_dir.with_name("calibration"), config, progress)
-        if parts.smoothing != "none":
-            from ecmfq_export.stages.smooth import smooth
+            calibration = calibrate(model_dir, data, out_dir.with_name("calibration"), config, progress, resources)
+            if parts.smoothing != "none":
+                from ecmfq_export.stages.smooth import smooth
 
-            smoothing = smooth(model_dir, calibration, out_dir.with_name("smoothing"), config, progress)
-    return quantize(model_dir, calibration, smoothing, out_dir, config, progress)
+                smoothing = smooth(model_dir, calibration, out_dir.with_name("smoothing"), config, progress, resources)
+        return quantize(model_dir, calibration, smoothing, out_dir, config, progress, resources)
 
 
 def export(
@@ -119,6 +133,7 @@ def export(
     evaluation: Path | None = None,
     limit: int = 0,
     build: bool = True,
+    resources: Resources | None = None,
 ) -> dict[str, Any]:
     """Every stage from a floating-point or quantized checkpoint to a validated bundle.
 
@@ -126,16 +141,19 @@ def export(
         evaluation: held-out questions (JSONL) for the report; None compares logits only.
         limit: at most so many evaluation items; 0 takes all.
         build: whether to build engines (where the target builds them on this machine).
+        resources: memory and device of the stages up to the quantized checkpoint.
 
     Returns:
         The validation report.
 
     Raises:
-        UserError: any input, machine or validation problem, before a later stage is started.
+        UserError: any input, machine or validation problem, before a later stage is started; too little disk, before the first one.
     """
+    from ecmfq_export import disk_need
     from ecmfq_export.graph.pipeline import export_onnx, require_plain_inputs, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
+    from ecmfq_export.stages.resources import DEFAULT
     from ecmfq_export.validate.pipeline import validate
 
     paths = Paths(output)
@@ -149,19 +167,26 @@ def export(
                         "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
-    if model.quantization is None:
-        quantized = quantize_model(model_dir, data, paths.quantized, quant, progress)
-    else:
-        progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
-    export_onnx(quantized, paths.onnx, target, export_config, progress)
-    drop_stale_engines(paths, progress)
     if build and target.engine.build == "on-device" and not is_this_device(target):
         progress.note(f"engines for {target.name} are built on the device: copy the bundle there and run "
                       f"'ecmfq-export build BUNDLE --target {target.name}'")
         build = False
-    engines = build_engines(output, target, progress) if build else None
-    report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
-                      engines_dir=engines)
+    needs = disk_need.export_needs(model, quant, target, output, build)
+    if model.quantization is None:
+        parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
+        prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
+        needs = disk_need.quantize_needs(model, quant, prompts, paths.quantized, activation_bytes) + needs
+    disk_need.check_space(needs, output)
+    with remembered(paths.root / "stages" / HASHES):
+        if model.quantization is None:
+            quantized = quantize_model(model_dir, data, paths.quantized, quant, progress, resources)
+        else:
+            progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
+        export_onnx(quantized, paths.onnx, target, export_config, progress)
+        drop_stale_engines(paths, progress)
+        engines = build_engines(output, target, progress) if build else None
+        report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
+                          engines_dir=engines)
     seal(paths, {"target": target.name}, {"engines_built": engines is not None})
     return report
 

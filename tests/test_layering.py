@@ -22,7 +22,8 @@ OWN: dict[str, set[str]] = {
     "config": {"errors"},
     "target": {"errors"},
     "quant": {"errors"},
-    "bundle": {"errors", "config", "quant.qtensor"},
+    "file_hashes": set(),
+    "bundle": {"errors", "config", "file_hashes", "quant.qtensor"},
     # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
     "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
                "runtime.sample"},
@@ -37,12 +38,13 @@ OWN: dict[str, set[str]] = {
     # A model inside another project's program: opened, asked, scored.
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
-COMMAND_LINE = {"cli", "workflow", "describe"}  # may import everything
+COMMAND_LINE = {"cli", "workflow", "describe", "disk_need"}  # may import everything
 
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "target": set(),
+    "file_hashes": set(),
     "bundle": {"safetensors", "numpy"},
     "console": {"rich"},
     "progress": {"rich"},
@@ -56,6 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "integrations": {"torch", "numpy", "PIL", "lmms_eval"},
     "cli": {"rich"},
     "workflow": set(),
+    "disk_need": set(),
     "describe": {"rich", "onnx"},
 }
 

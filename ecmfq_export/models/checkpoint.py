@@ -114,7 +114,7 @@ class Checkpoint:
 
     def _read(self, name: str, entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
         # A tensor allocated in its dtype is aligned for it; its bytes are then filled through a byte view.
-        tensor = torch.empty(shape, dtype=entry.dtype)
+        tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")
         if tensor.numel():
             flat = tensor.view(-1).view(torch.uint8).numpy()
             try:

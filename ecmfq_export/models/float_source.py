@@ -36,7 +36,7 @@ class FloatSource:
         if not self.transposed:
             return checkpoint.load(self.name)
         # Expert by expert, so that the two layouts are not in memory together.
-        tensor = torch.empty(self.shape, dtype=checkpoint.dtype(self.name))
+        tensor = torch.empty(self.shape, dtype=checkpoint.dtype(self.name), device="cpu")
         for expert, matrix in enumerate(tensor):
             matrix.copy_(checkpoint.load_rows(self.name, expert, expert + 1)[0].t())
         return tensor
@@ -101,7 +101,7 @@ class ExpertsSource:
 
     def load_rows(self, checkpoint: Checkpoint, start: int, stop: int) -> torch.Tensor:
         """Experts `start` to `stop`, reading what belongs to them only."""
-        tensor = torch.empty(stop - start, *self.shape[1:], dtype=checkpoint.dtype(self.name))
+        tensor = torch.empty(stop - start, *self.shape[1:], dtype=checkpoint.dtype(self.name), device="cpu")
         for part, first, last in self._overlapping(start, stop):
             if len(part.shape) == 3:
                 values = checkpoint.load_rows(part.name, first - part.expert, last - part.expert)

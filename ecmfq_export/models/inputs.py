@@ -126,15 +126,16 @@ def embed_tokens(model: MoEVLM, ids: torch.Tensor) -> torch.Tensor:
 def run_vision(
     vision: torch.nn.Module, pixel_values: np.ndarray, image_grid_thw: np.ndarray
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Features [image tokens, hidden] and DeepStack features, one such tensor a layer, of all images in order.
+    """Features [image tokens, hidden] and DeepStack features, one such tensor a layer, of all images in order, in host memory.
 
     Args:
         pixel_values: [patches, patch_features] float32.
         image_grid_thw: [num_images, 3].
     """
-    patches = torch.from_numpy(np.ascontiguousarray(pixel_values, np.float32))
-    out = vision(patches, grid_thw=torch.from_numpy(np.ascontiguousarray(image_grid_thw, np.int64)))
-    return out.pooler_output, list(out.deepstack_features)
+    device = next(vision.parameters()).device
+    patches = torch.from_numpy(np.ascontiguousarray(pixel_values, np.float32)).to(device)
+    out = vision(patches, grid_thw=torch.from_numpy(np.ascontiguousarray(image_grid_thw, np.int64)).to(device))
+    return out.pooler_output.cpu(), [feature.cpu() for feature in out.deepstack_features]
 
 
 def _scatter(base: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -220,8 +220,20 @@ class DecoderLayer:
             return quantized_linear(x, self._integers(f"{name}.weight"), bias).to(x.dtype)
         return F.linear(x, self.tensors[f"{name}.weight"], bias)
 
+    def to(self, device: str) -> DecoderLayer:
+        """The layer with its weights on `device`; itself where they are there."""
+        if all(tensor.device == torch.device(device) for tensor in self.tensors.values()):
+            return self
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        quantized = {name: weight.to(device) for name, weight in self.quantized.items()}
+        return DecoderLayer(self.spec, self.eps, tensors, quantized, self.down_block)
+
     def _down_input(self, inner: torch.Tensor) -> torch.Tensor:
         return inner if self.down_block == 1 else block_hadamard(inner.shape[-1], self.down_block).apply(inner)
+
+    def drop_integers(self) -> None:
+        """Forget the widened form of quantized weights, four bytes a value; it is made again when it is needed."""
+        self._widened.clear()
 
     def _integers(self, name: str) -> IntegerWeight:
         """The widened form of a quantized weight, kept until another QTensor takes its place."""

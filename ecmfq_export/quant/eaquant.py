@@ -25,7 +25,7 @@ import torch
 from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.output_loss import OutputLoss
 from ecmfq_export.quant.sampled_outputs import Pairs
-from ecmfq_export.quant.scale_math import expert_maximum, normalized, positive, tied
+from ecmfq_export.quant.scale_math import column_maximum, expert_maximum, normalized, positive, tied
 from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
 
 ALPHA = 0.6
@@ -54,7 +54,7 @@ def search_scale(
 ) -> ScaleResult:
     """The merged scale; losses are reported only. Arguments as :func:`ecmfq_export.quant.awq.search_scale`."""
     tie = torch.arange(weight.shape[-1]) if tie is None else tie
-    scale, ones = tied(merged_scale(train, weight.abs().amax(1).float()), tie), torch.ones(weight.shape[-1])
+    scale, ones = tied(merged_scale(train, column_maximum(weight)), tie), torch.ones(weight.shape[-1])
     scale = normalized(scale, rounding)
     losses = [OutputLoss(side, weight, omega, num_bits, 2, group_size=group_size) for side in (train, heldout)]
     values = [loss.value(s) for loss in losses for s in (ones, scale)]

@@ -15,7 +15,7 @@ from ecmfq_export.quant.eaquant import merged_scale
 from ecmfq_export.quant.ecs_objective import THETA, Objective
 from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.sampled_outputs import Pairs
-from ecmfq_export.quant.scale_math import expert_maximum, positive, tied, tied_maximum
+from ecmfq_export.quant.scale_math import column_maximum, expert_maximum, positive, tied, tied_maximum
 from ecmfq_export.quant.scale_result import PerExpertResult, ScaleResult
 from ecmfq_export.quant.token_weights import TEXT, VISION
 
@@ -83,7 +83,7 @@ def candidate_scales(
 ) -> list[tuple[str, torch.Tensor]]:
     """Labelled scales [d], without duplicates: a^alpha / b^(1 - alpha) over quantiles, norms and alphas, AWQ's a^alpha, and
     EAQuant's maximum over experts of per-expert scales."""
-    column = weight.abs().amax(1).float()
+    column = column_maximum(weight)
     found: list[tuple[str, torch.Tensor]] = []
     norms = {nu: tied(column_norm(column, omega, nu), tie) for nu in NORMS}
     for u in QUANTILES:
@@ -96,7 +96,7 @@ def candidate_scales(
     unique: dict[bytes, tuple[str, torch.Tensor]] = {}
     for label, scale in found:
         finished = finish_scale(scale, rounding)
-        unique.setdefault(finished.numpy().tobytes(), (label, finished))
+        unique.setdefault(finished.cpu().numpy().tobytes(), (label, finished))
     return list(unique.values())
 
 
@@ -160,7 +160,7 @@ def search_per_expert(
     fine, gate = (Objective(side, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size, rotation=rotation)
                   for side in (train, heldout))
     ones = torch.ones(experts, columns)
-    a, b = positive(expert_maximum(train, experts)), positive(weight.abs().amax(1).float())
+    a, b = positive(expert_maximum(train, experts)), positive(column_maximum(weight))
     best_ratio, best = fine.ratios(ones), ones
     for alpha in ALPHAS:
         for raw in (a**alpha, a**alpha / b ** (1.0 - alpha)):

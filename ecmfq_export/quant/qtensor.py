@@ -91,6 +91,11 @@ class QTensor:
         """Shape of the tensor it stands for, [..., N, K]."""
         return self.qvalue.shape
 
+    def to(self, device: str) -> QTensor:
+        """The same on `device`."""
+        multiplier = None if self.group_multiplier is None else self.group_multiplier.to(device)
+        return QTensor(self.qvalue.to(device), self.scale.to(device), self.num_bits, self.group_size, multiplier)
+
     def integer(self) -> torch.Tensor:
         """``qvalue * group_multiplier`` as int32 [..., N, K]: what integer products are made of."""
         wide = self.qvalue.int()

@@ -84,7 +84,8 @@ class SampledOutputs:
         # Rows that no chosen expert reads need not be quantized again and again.
         used, self._rows = torch.unique(self._rows, return_inverse=True)
         self._x = pairs.x[used].float() if len(pairs.x) else torch.zeros(1, weight.shape[-1])
-        self._weight = weight[chosen].float()
+        # All of them are taken as they are: a layer's experts are not copied for every search.
+        self._weight = weight.float() if experts is None else weight[chosen].float()
         self._num_bits, self._group_size, self._per_expert, self._max_bytes = num_bits, group_size, per_expert, max_bytes
         self._experts, self._rotation = chosen, rotation
         rows, width = weight.shape[1], self._rows.shape[1]

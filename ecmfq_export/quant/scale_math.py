@@ -16,6 +16,11 @@ def positive(values: torch.Tensor) -> torch.Tensor:
     return values.clamp_min(float(living.min()) if living.numel() else 1.0)
 
 
+def column_maximum(weight: torch.Tensor) -> torch.Tensor:
+    """``max_i |W_e[i, j]|``, float32 [E, d] of floating [E, N, d], without a copy of the weight."""
+    return torch.maximum(weight.amax(1), -weight.amin(1)).float()
+
+
 def tied(values: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
     """Each channel's value [d] replaced by the maximum over the channels that share its number in `tie`, int64 [d]."""
     return tied_maximum(values, tie)[tie]

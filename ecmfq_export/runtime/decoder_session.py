@@ -102,6 +102,11 @@ class DecoderSession:
     def vocab_size(self) -> int:
         return self._embeddings.rows
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one prompt's static cache over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.max_seq_len * self.head_dim * np.dtype(self.dtype).itemsize
+
     def prefill(self, samples: Sequence[ProcessedSample]) -> tuple[np.ndarray, DecodeState]:
         """Run whole prompts (answers, where a sample has one, included).
 

@@ -20,17 +20,20 @@ from ecmfq_export.quant import macs
 from ecmfq_export.quant.token_weights import TEXT, VISION, vision_attention_mass
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
-from ecmfq_export.stages.calibration import save_calibration, split_heldout
+from ecmfq_export.stages.calibration import LazySamples, save_calibration, split_heldout
 from ecmfq_export.stages.methods import calibration_settings, resolve
+from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.samples import PoolSample, load_pool, pool_fingerprint
 from ecmfq_export.stages.sensitivity import measure_gamma
-from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, prepare_batches
+from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, drop_deepstack, prepare_batches
 
 FEATURES = 256
 CHANNEL_QUANTILES = (0.5, 0.9, 1.0)
 
 
-def calibrate(model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+def calibrate(
+    model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, progress: Progress, resources: Resources = DEFAULT
+) -> Path:
     """Select samples and write them to `out_dir`; every rule but a random draw runs the floating-point model over the pool once.
 
     Writes ``samples.safetensors`` (processed samples), ``selection.json`` (names, held-out split, figures) and the manifest.
@@ -57,23 +60,26 @@ def calibrate(model_dir: Path, data: Path, out_dir: Path, config: QuantConfig, p
     if not model.spec.moe_layers:
         raise UnsupportedError(f"{model.path} has no mixture-of-experts layer", "this tool quantizes routed experts")
     processor = Processor(model_dir)
-    with bundle.write_stage(out_dir, "calibrate", settings, inputs) as (work, info), ActivationStore() as store:
+    with bundle.write_stage(out_dir, "calibrate", settings, inputs) as (work, info):
         if parts.selection == "random":
             indices = macs.random_indices(len(pool), config.num_samples, config.seed)
             selection = macs.Selection(indices, 0, {})
         else:
             ids: list[np.ndarray] = []
-            batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store))
-            scores = score_pool(model, batches, len(pool), store, config.seed, progress, ids if parts.selection == "balanced" else None)
+            with ActivationStore(resources.activation_bytes, resources.scratch(work, "pool"), resources.device) as store:
+                batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store))
+                wanted = ids if parts.selection == "balanced" else None
+                scores = score_pool(model, batches, len(pool), store, config.seed, progress, wanted, resources)
             top_k = max((spec.mlp.top_k for spec in model.spec.layers if isinstance(spec.mlp, MoESpec)), default=1)
             selection = macs.select(scores, config.num_samples, top_k, config.seed, parts.selection)
         chosen = [pool[i] for i in selection.indices]
-        samples = [sample.process(processor) for sample in chosen]
+        samples = LazySamples(lambda number: pool[number].process(processor), selection.indices)
         heldout = split_heldout([str(sample.image) if sample.image else sample.name for sample in chosen],
                                 config.holdout_fraction, config.seed)
         gamma, measured = parts.gamma, {}
         if gamma == 0.0:
-            gamma, measured = measure_gamma(model, [s for s, held in zip(samples, heldout, strict=True) if not held], progress)
+            searched = samples.choose([not held for held in heldout])
+            gamma, measured = measure_gamma(model, searched, progress, resources, resources.scratch(work, "gradients"))
         report = {**selection.report, "pool": len(pool), "selected": len(chosen), "topped_up": selection.topped_up,
                   "heldout": sum(heldout), **measured}
         save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
@@ -107,9 +113,11 @@ class _Tally:
 @torch.no_grad()
 def score_pool(
     model: MoEVLM, batches: list[Batch], size: int, store: ActivationStore, seed: int, progress: Progress,
-    ids: list[np.ndarray] | None = None,
+    ids: list[np.ndarray] | None = None, resources: Resources = DEFAULT,
 ) -> macs.PoolScores:
     """Measure every sample of the pool while its activations stream through the decoder.
+
+    A sample's figures depend on its batch alone, and batches go through a layer one after the other.
 
     Args:
         batches: prepared, their embeddings in `store` under ``hidden``; consumed.
@@ -124,26 +132,37 @@ def score_pool(
     tally = _Tally(torch.zeros(size, len(moe), experts, 2), torch.zeros(size, len(moe), experts, dtype=torch.int64),
                    torch.zeros(size), torch.zeros(size, FEATURES))
     for index in progress.track(range(model.spec.num_layers), "score pool, layer by layer", model.spec.num_layers):
-        layer = load_layer(model, index)
+        layer = load_layer(model, index).to(resources.device)
         place = moe.index(index) if index in moe else None
         projection = _projection(model.spec.hidden_size, seed, index) if place is not None else None
-        for batch in batches:
-            hidden = store.get(f"hidden/{batch.index}")
-            context, probs = layer.attention_context(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
-            hidden = hidden + layer.linear(context, "self_attn.o_proj")
-            x = layer.moe_input(hidden)
-            tally.attention[batch.samples] += vision_attention_mass(probs, batch.types, batch.valid) / model.spec.num_layers
-            if place is None or projection is None:
-                out = hidden + layer.mlp(x)
-            else:
-                tokens = x.flatten(0, 1)
-                routing = layer.route(tokens)
-                _tally_routing(tally, place, layer, routing, batch)
-                tally.features[batch.samples] += _channel_features(x, batch) @ projection / len(moe) ** 0.5
-                out = hidden + layer.experts(tokens, routing).view_as(x)
-            store.put(f"hidden/{batch.index}", add_deepstack(out, index, batch, store))
+        with resources.math():
+            for batch in batches:
+                _score_batch(model, layer, place, projection, batch, store, tally)
+        drop_deepstack(index, batches, store)
+        del layer  # before the next one is read
     likelihood = (None, None) if ids is None else _text_loss(model, batches, ids, store)
     return macs.PoolScores(tally.mass, tally.tokens, tally.attention, tally.features, *likelihood)
+
+
+def _score_batch(
+    model: MoEVLM, layer: DecoderLayer, place: int | None, projection: torch.Tensor | None, batch: Batch, store: ActivationStore,
+    tally: _Tally,
+) -> None:
+    """Move one batch through a layer; `place` is the layer's among those with experts."""
+    hidden = store.get(f"hidden/{batch.index}")
+    context, probs = layer.attention_context(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
+    hidden = hidden + layer.linear(context, "self_attn.o_proj")
+    x = layer.moe_input(hidden)
+    tally.attention[batch.samples] += vision_attention_mass(probs, batch.types, batch.valid).cpu() / model.spec.num_layers
+    if place is None or projection is None:
+        out = hidden + layer.mlp(x)
+    else:
+        tokens = x.flatten(0, 1)
+        routing = layer.route(tokens)
+        _tally_routing(tally, place, layer, routing, batch)
+        tally.features[batch.samples] += _channel_features(x, batch).cpu() @ projection / len(model.spec.moe_layers) ** 0.5
+        out = hidden + layer.experts(tokens, routing).view_as(x)
+    store.put(f"hidden/{batch.index}", add_deepstack(out, layer.spec.index, batch, store))
 
 
 def _text_loss(
@@ -153,10 +172,10 @@ def _text_loss(
     head = load_head(model)
     loss, predicted = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.int64)
     for batch in batches:
-        hidden = store.get(f"hidden/{batch.index}")
+        hidden, types = store.get(f"hidden/{batch.index}").cpu(), batch.types.cpu()
         for row, number in enumerate(batch.samples):
             said = torch.from_numpy(ids[number])
-            text = batch.types[row, 1 : len(said)] == TEXT
+            text = types[row, 1 : len(said)] == TEXT
             scores = head(hidden[row : row + 1, : len(said) - 1])[0][text].log_softmax(-1)
             loss[number] = -float(scores.gather(-1, said[1:][text].unsqueeze(-1)).double().sum())
             predicted[number] = int(text.sum())
@@ -169,10 +188,10 @@ def _tally_routing(tally: _Tally, place: int, layer: DecoderLayer, routing: Rout
     mass = potential_mass(routing, layer)
     for modality in (0, 1):
         inside = ((batch.types.flatten() == modality) & valid).unsqueeze(1)
-        tally.mass[batch.samples, place, :, modality] = (mass * inside).view(size, length, -1).sum(1)
+        tally.mass[batch.samples, place, :, modality] = (mass * inside).view(size, length, -1).sum(1).cpu()
     # Shared experts take every token: they say nothing of a sample.
     routed = torch.zeros_like(mass).scatter_(1, routing.topk_ids[:, : _moe(layer).top_k], 1.0) * valid.unsqueeze(1)
-    tally.tokens[batch.samples, place] = routed.view(size, length, -1).sum(1).long()
+    tally.tokens[batch.samples, place] = routed.view(size, length, -1).sum(1).long().cpu()
 
 
 def potential_mass(routing: Routing, layer: DecoderLayer) -> torch.Tensor:
@@ -205,4 +224,4 @@ def _projection(hidden_size: int, seed: int, layer: int) -> torch.Tensor:
     """Random [3 * hidden, 256] of unit expected column norm."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
     rows = len(CHANNEL_QUANTILES) * hidden_size
-    return torch.randn(rows, FEATURES, generator=generator) / rows**0.5
+    return torch.randn(rows, FEATURES, generator=generator, device="cpu") / rows**0.5

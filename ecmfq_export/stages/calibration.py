@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,41 @@ from ecmfq_export.runtime.sample import ProcessedSample
 SAMPLES, SELECTION = "samples.safetensors", "selection.json"
 
 
+class LazySamples(Sequence[ProcessedSample]):
+    """Samples made when they are asked for: their image patches are the largest part of a calibration directory.
+
+    Args:
+        make: the sample of a number.
+        numbers: which ones, in which order.
+    """
+
+    def __init__(self, make: Callable[[int], ProcessedSample], numbers: Sequence[int]) -> None:
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> ProcessedSample:  # type: ignore[override]  # no slices: choose() does that
+        return self._make(self._numbers[index])
+
+    def choose(self, keep: Sequence[bool]) -> LazySamples:
+        """Those for which `keep` says so."""
+        return LazySamples(self._make, [number for number, kept in zip(self._numbers, keep, strict=True) if kept])
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What calibrate left for the stages after it.
 
     Attributes:
-        samples: processed samples.
+        samples: processed samples, read when they are asked for.
         heldout: bool, one a sample: kept out of every search and every Hessian, for gates.
         gamma: text token weight before balancing (MBQ's gradient ratio, or the configured value).
         gamma_by_layer: measured ratios of each layer's MLP, None where unknown; empty where gamma was configured.
         gamma_by_layer_attention: the same of its attention.
     """
 
-    samples: list[ProcessedSample]
+    samples: LazySamples
     heldout: list[bool]
     gamma: float
     gamma_by_layer: list[float | None] = field(default_factory=list)
@@ -39,19 +63,24 @@ class Calibration:
 
 
 def save_calibration(
-    directory: Path, samples: list[ProcessedSample], names: list[str], heldout: list[bool], gamma: float, report: dict[str, Any]
+    directory: Path, samples: Sequence[ProcessedSample], names: list[str], heldout: list[bool], gamma: float, report: dict[str, Any]
 ) -> None:
-    """Write the samples and what is known of them into a stage's working directory."""
-    tensors: dict[str, np.ndarray] = {}
+    """Write the samples and what is known of them into a stage's working directory; patches of one sample are in memory at a time,
+    where `samples` makes them when asked."""
+    tensors: dict[str, TensorToWrite] = {}
     for i, sample in enumerate(samples):
-        tensors[f"{i:05d}.input_ids"] = sample.input_ids
-        tensors[f"{i:05d}.answer_mask"] = sample.answer_mask.astype(np.uint8)
+        small = {"input_ids": sample.input_ids, "answer_mask": sample.answer_mask.astype(np.uint8)}
         if sample.pixel_values is not None and sample.image_grid_thw is not None:
-            tensors[f"{i:05d}.pixel_values"] = np.ascontiguousarray(sample.pixel_values, np.float32)
-            tensors[f"{i:05d}.image_grid_thw"] = np.ascontiguousarray(sample.image_grid_thw, np.int64)
-    write_safetensors(directory / SAMPLES, {name: TensorToWrite.of(torch.from_numpy(v)) for name, v in tensors.items()})
+            small["image_grid_thw"] = np.ascontiguousarray(sample.image_grid_thw, np.int64)
+            tensors[f"{i:05d}.pixel_values"] = TensorToWrite(torch.float32, sample.pixel_values.shape, partial(_patches, samples, i))
+        tensors |= {f"{i:05d}.{part}": TensorToWrite.of(torch.from_numpy(value)) for part, value in small.items()}
+    write_safetensors(directory / SAMPLES, tensors)
     rows = [{"name": name, "heldout": held} for name, held in zip(names, heldout, strict=True)]
     bundle.write_json(directory / SELECTION, {"samples": rows, "gamma": gamma, "report": report})
+
+
+def _patches(samples: Sequence[ProcessedSample], index: int) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(samples[index].pixel_values, np.float32))
 
 
 def load_calibration(directory: Path) -> Calibration:
@@ -66,18 +95,26 @@ def load_calibration(directory: Path) -> Calibration:
         rows = selection["samples"]
         with safe_open(directory / SAMPLES, framework="numpy") as file:
             keys = set(file.keys())
-
-            def array(i: int, part: str) -> np.ndarray | None:
-                name = f"{i:05d}.{part}"
-                return file.get_tensor(name) if name in keys else None
-
-            samples = [ProcessedSample(file.get_tensor(f"{i:05d}.input_ids"), array(i, "pixel_values"), array(i, "image_grid_thw"),
-                                       file.get_tensor(f"{i:05d}.answer_mask").astype(bool)) for i in range(len(rows))]
+        missing = [i for i in range(len(rows)) if not {f"{i:05d}.input_ids", f"{i:05d}.answer_mask"} <= keys]
+        if missing:
+            raise KeyError(f"{SAMPLES} lacks sample {missing[0]}")
+        samples = LazySamples(partial(_read_sample, directory / SAMPLES, frozenset(keys)), range(len(rows)))
         report = selection["report"]
         return Calibration(samples, [bool(row["heldout"]) for row in rows], float(selection["gamma"]),
                            report.get("gamma_by_layer", []), report.get("gamma_by_layer_attention", []))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{directory} cannot be read: {error}", "run calibrate again") from None
+
+
+def _read_sample(path: Path, keys: frozenset[str], i: int) -> ProcessedSample:
+    with safe_open(path, framework="numpy") as file:
+
+        def array(part: str) -> np.ndarray | None:
+            name = f"{i:05d}.{part}"
+            return file.get_tensor(name) if name in keys else None
+
+        return ProcessedSample(file.get_tensor(f"{i:05d}.input_ids"), array("pixel_values"), array("image_grid_thw"),
+                               file.get_tensor(f"{i:05d}.answer_mask").astype(bool))
 
 
 def split_heldout(groups: list[str], fraction: float, seed: int) -> list[bool]:

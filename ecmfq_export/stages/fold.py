@@ -49,8 +49,11 @@ class LayerScales:
         return {name: scale for name, scale in found.items() if scale is not None}
 
 
-def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
+def fold_layer(layer: DecoderLayer, scales: LayerScales, consume: bool = False) -> DecoderLayer:
     """A layer with the scales folded in; `layer` is left as it is and unchanged tensors are shared.
+
+    Args:
+        consume: change `layer`'s own tensors in place instead, so that no second copy of its experts is made.
 
     Raises:
         ValueError: a layer whose down projection is rotated, which has other columns.
@@ -60,11 +63,20 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
     tensors = dict(layer.tensors)
     mlp = layer.spec.mlp
 
+    owned = set(tensors) if consume else set()
+
+    def own(name: str) -> torch.Tensor:
+        """The tensor, copied before it is changed for the first time where it is not to be consumed."""
+        if name not in owned:
+            tensors[name] = tensors[name].clone()
+            owned.add(name)
+        return tensors[name]
+
     def divide_rows(name: str, scale: torch.Tensor) -> None:
-        tensors[name] = tensors[name] / (scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
+        own(name).div_(scale.unsqueeze(-1) if tensors[name].ndim > scale.ndim else scale)
 
     def multiply_columns(name: str, scale: torch.Tensor) -> None:
-        tensors[name] = tensors[name] * scale
+        own(name).mul_(scale)
 
     for group in attention_view.groups(layer.spec.attention):
         scale = getattr(scales, group.name)
@@ -83,8 +95,7 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales) -> DecoderLayer:
             multiply_columns(name, scales.moe_input)
     if scales.down is not None:
         if isinstance(mlp, MoESpec):
-            gate, up = tensors["mlp.experts.gate_up_proj"].chunk(2, dim=1)
-            tensors["mlp.experts.gate_up_proj"] = torch.cat((gate, up / scales.down.unsqueeze(-1)), 1)
+            own("mlp.experts.gate_up_proj").chunk(2, dim=1)[1].div_(scales.down.unsqueeze(-1))
             multiply_columns("mlp.experts.down_proj", scales.down.unsqueeze(1))
         else:
             divide_rows("mlp.up_proj.weight", scales.down[0])

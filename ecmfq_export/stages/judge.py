@@ -49,12 +49,13 @@ class Judge:
     @torch.no_grad()
     def _log_probs(self, streams: Sequence[str], next_layer: int) -> dict[str, torch.Tensor]:
         for index in range(next_layer, self._model.spec.num_layers):
-            layer = load_layer(self._model, index)
+            layer = load_layer(self._model, index).to(self._store.device)
             for stream in streams:
                 advance(layer, index, self._batches, self._store, stream)
+            del layer  # before the next one is read
         rows = {}
         for stream in streams:
-            rows[stream] = torch.cat([self._store.get(f"{stream}/{b.index}")[self._positions[b.index]] for b in self._batches])
+            rows[stream] = torch.cat([self._store.get(f"{stream}/{b.index}").cpu()[self._positions[b.index]] for b in self._batches])
             for batch in self._batches:
                 self._store.drop(f"{stream}/{batch.index}")
         # One call for all, because it reads the output matrix from disk.
@@ -67,12 +68,12 @@ def _judged_positions(samples: Sequence[ProcessedSample], batches: list[Batch]) 
     """bool [B, S] by batch."""
     found: dict[int, torch.Tensor] = {}
     for batch in batches:
-        mask = torch.zeros(batch.types.shape, dtype=torch.bool)
+        mask = torch.zeros(batch.types.shape, dtype=torch.bool, device="cpu")
         for row, number in enumerate(batch.samples):
             sample = samples[number]
             predicted = torch.from_numpy(sample.answer_mask.copy())
             if not bool(predicted.any()):
-                predicted = batch.types[row, : sample.length] == 0
+                predicted = batch.types[row, : sample.length].cpu() == 0
             mask[row, : sample.length - 1] = predicted[1:]
         found[batch.index] = mask
     total = sum(int(mask.sum()) for mask in found.values())

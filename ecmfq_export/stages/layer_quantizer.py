@@ -114,6 +114,10 @@ class LayerQuantizer:
             out = middle + layer.mlp(layer.moe_input(middle))
             stream.store.put(f"{into}/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
 
+    def drop_weights(self) -> None:
+        """Let go of the floating-point layer; nothing can be quantized any more, outputs can be asked for."""
+        del self._layer
+
     def release(self) -> None:
         """Drop everything that was kept for this layer alone."""
         for stream in (self._train, self._heldout):
@@ -234,7 +238,7 @@ class LayerQuantizer:
         Experts have channels of their own there, so a sum over experts would mean nothing.
         """
         generator = torch.Generator().manual_seed(self._config.seed * 104729 + self._index)
-        chosen = x[torch.randperm(len(x), generator=generator)[:SPREAD_TOKENS]]
+        chosen = x[torch.randperm(len(x), generator=generator, device="cpu")[:SPREAD_TOKENS].to(x.device)]
         total = WeightedHessian(*own.matrix.shape[:2])
         for some in chosen.split(64):
             routed = mlp_view.route_everywhere(layer, some)

@@ -28,8 +28,9 @@ from ecmfq_export.stages.judge import Judge
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
 from ecmfq_export.stages.methods import resolve, rounding_settings
 from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
+from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.smooth import SCALES, load_scales, text_rho
-from ecmfq_export.stages.streams import ActivationStore, prepare_batches
+from ecmfq_export.stages.streams import ActivationStore, drop_deepstack, prepare_batches
 
 STATE = ".state"
 """Prefix of directories, inside the stage's working directory, with the activations that enter the next layer."""
@@ -40,7 +41,7 @@ LAYERS, SMOOTHING = "quantization.json", "smoothing_scales.safetensors"
 
 def quantize(
     model_dir: Path, calibration_dir: Path | None, smoothing_dir: Path | None, out_dir: Path, config: QuantConfig,
-    progress: Progress,
+    progress: Progress, resources: Resources = DEFAULT,
 ) -> Path:
     """Write the quantized checkpoint to `out_dir`; an interrupted run continues from its last finished layer.
 
@@ -80,13 +81,14 @@ def quantize(
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
             if smoothing_dir is not None:
                 shutil.copyfile(smoothing_dir / SCALES, work / SMOOTHING)
-            _Run(model, load_calibration(calibration_dir), scales, config, writer, progress).run(info)
+            _Run(model, load_calibration(calibration_dir), scales, config, writer, progress, resources).run(info)
         else:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
                     layer = _prepared(model, index, LayerScales(), config)
                     layer = rtn_layer(layer, config, "mse" if parts.clip == "mse" else "absmax")
                     writer.write_layer(index, layer.quantized)
+                    del layer
         rest: dict[str, torch.Tensor | QTensor] = {}
         if config.lm_head == "w8a8":
             rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="absmax" if parts.clip == "absmax" else "mse")
@@ -98,7 +100,7 @@ def quantize(
 
 def _prepared(model: MoEVLM, index: int, scales: LayerScales, config: QuantConfig) -> DecoderLayer:
     """The floating-point layer as it is to be quantized: scales folded in, a quantized down projection's inputs rotated if asked."""
-    layer = fold_layer(load_layer(model, index), scales)
+    layer = fold_layer(load_layer(model, index), scales, consume=True)
     return rotate_down(layer) if resolve(config).rotate == "residual_online" and mlp_bits(layer.spec, config) is not None else layer
 
 
@@ -123,25 +125,33 @@ class _Run:
 
     def __init__(
         self, model: MoEVLM, calibration: Calibration, scales: dict[int, LayerScales], config: QuantConfig,
-        writer: QuantizedWriter, progress: Progress,
+        writer: QuantizedWriter, progress: Progress, resources: Resources,
     ) -> None:
         self._model, self._calibration, self._scales, self._config = model, calibration, scales, config
-        self._writer, self._progress = writer, progress
+        self._writer, self._progress, self._resources = writer, progress, resources
         self._parts = resolve(config)
 
     @torch.no_grad()
     def run(self, info: dict[str, Any]) -> None:
-        layers = self._model.spec.num_layers
-        with ActivationStore() as train_store, ActivationStore() as heldout_store:
+        layers, resources, work = self._model.spec.num_layers, self._resources, self._writer.work_dir
+        limit = resources.activation_bytes // 2
+        with (ActivationStore(limit, resources.scratch(work, "train"), resources.device) as train_store,
+              ActivationStore(limit, resources.scratch(work, "heldout"), resources.device) as heldout_store):
             train, heldout = (self._prepare(store, held) for store, held in ((train_store, False), (heldout_store, True)))
-            samples = [s for s, h in zip(self._calibration.samples, self._calibration.heldout, strict=True) if h]
+            samples = self._calibration.samples.choose(self._calibration.heldout)
             judge = Judge(self._model, samples, heldout.batches, heldout.store)
-            rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0])
+            rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0], device=resources.device)
             start, log = self._restore({"train": train, "heldout": heldout})
             if start:
                 self._progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
             for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
-                log.append(self._layer(index, train, heldout, judge, rho))
+                with resources.math():
+                    layer, entry = self._layer(index, train, heldout, judge, rho)
+                self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
+                del layer
+                for stream in (train, heldout):
+                    drop_deepstack(index, stream.batches, stream.store)
+                log.append(entry)
                 self._save({"train": train, "heldout": heldout}, index + 1, log)
         bundle.write_json(self._writer.work_dir / LAYERS, log)
         brief = [{key: entry[key] for key in ("layer", "weighting", "kl")} for entry in log]
@@ -153,39 +163,45 @@ class _Run:
     def _prepare(self, store: ActivationStore, held: bool) -> Stream:
         """One side's streams. Held-out samples are calibrated on too where no choice is judged on them."""
         kept = held or self._parts.chooses_weighting
-        samples = zip(self._calibration.samples, self._calibration.heldout, strict=True)
-        batches = list(prepare_batches(self._model, [s for s, h in samples if h == held or not kept], store, stream="fp"))
+        samples = self._calibration.samples.choose([h == held or not kept for h in self._calibration.heldout])
+        batches = list(prepare_batches(self._model, samples, store, stream="fp"))
         for batch in batches:
             store.put(f"q/{batch.index}", store.get(f"fp/{batch.index}"))
         return Stream(batches, store)
 
-    def _layer(self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor) -> dict[str, Any]:
-        """Quantize one layer, keep the best weighting, write it, and move both streams behind it; the layer's log entry."""
-        folded = _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config)
+    def _layer(
+        self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor
+    ) -> tuple[DecoderLayer, dict[str, Any]]:
+        """Quantize one layer, keep the best weighting, and move both streams behind it; the layer in host memory and its log entry."""
+        folded = _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config).to(self._resources.device)
         quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
         wanted = self._parts.weightings
-        last = index + 1 == self._model.spec.num_layers
-        candidates: dict[Weighting, DecoderLayer] = {}
-        for weighting in wanted:
-            candidates[weighting] = quantizer.quantize(weighting)
-            if last or len(wanted) > 1:
-                quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
+        judged = len(wanted) > 1 or index + 1 == self._model.spec.num_layers
+        candidates: dict[Weighting, DecoderLayer] = {weighting: quantizer.quantize(weighting) for weighting in wanted}
+        # From here on the quantized layers do the work: neither the floating-point experts nor more than one layer's widened
+        # integers are in memory, with the layers that the judge reads.
+        quantizer.drop_weights()
+        del folded
+        for weighting, candidate in candidates.items() if judged else ():
+            quantizer.outputs(candidate, weighting, "heldout", f"out.{weighting}")
+            candidate.drop_integers()
         kl: dict[Weighting, float] = {}
-        if last or len(wanted) > 1:
+        if judged:
             found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
             kl = {weighting: found[f"out.{weighting}"] for weighting in wanted}
         best = min(wanted, key=lambda weighting: kl[weighting]) if len(wanted) > 1 else wanted[0]
-        layer = candidates[best]
+        layer = candidates.pop(best)
+        candidates.clear()
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
             for batch in stream.batches:
                 for name in ("fp", "q"):
-                    stream.store.put(f"{name}/{batch.index}", stream.store.get(f"{name}.next/{batch.index}"))
-                    stream.store.drop(f"{name}.next/{batch.index}")
+                    stream.store.move(f"{name}.next/{batch.index}", f"{name}/{batch.index}")
         quantizer.release()
-        self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
         errors = {group: error.tolist() for group, error in quantizer.errors[best].items()}
-        return {"layer": index, "weighting": best, "kl": kl, "errors": errors, "tokens": quantizer.tokens.tolist()}
+        entry = {"layer": index, "weighting": best, "kl": kl, "errors": errors, "tokens": quantizer.tokens.tolist()}
+        layer.drop_integers()
+        return layer.to("cpu"), entry
 
     def _save(self, streams: dict[str, Stream], next_layer: int, log: list[dict[str, Any]]) -> None:
         """Keep what the next layer starts from: written beside, synced and renamed, so that it is whole or not there."""
@@ -196,7 +212,7 @@ class _Run:
         if next_layer < self._model.spec.num_layers:
             for side, stream in streams.items():
                 for batch in stream.batches:
-                    rows = {name: TensorToWrite.of(stream.store.get(f"{name}/{batch.index}")) for name in ("fp", "q")}
+                    rows = {name: TensorToWrite.of(stream.store.get(f"{name}/{batch.index}").cpu()) for name in ("fp", "q")}
                     write_safetensors(temporary / f"{side}.{batch.index}.safetensors", rows)
         bundle.write_json(temporary / "log.json", log)
         # The new state is in place before the old one goes, so that a kill in between loses nothing.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -12,12 +16,16 @@ from ecmfq_export.models.torch_decoder import load_head, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.token_weights import TEXT, VISION
 from ecmfq_export.runtime.sample import ProcessedSample
+from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.streams import ActivationStore, add_deepstack, advance, prepare_batches
 
 NUM_SAMPLES = 32
 
 
-def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progress) -> tuple[float, dict[str, object]]:
+def measure_gamma(
+    model: MoEVLM, samples: Sequence[ProcessedSample], progress: Progress, resources: Resources = DEFAULT,
+    scratch: Path | None = None,
+) -> tuple[float, dict[str, object]]:
     """Median over layers of mean |dL/d output| of text tokens over that of vision tokens, L the loss of the answers.
 
     A layer's output is its MLP's; the report also has the ratio at its attention's output, which MBQ uses for the attention.
@@ -32,14 +40,15 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
     Raises:
         UserError: no sample has both an image and an answer, or no gradient reaches a vision token.
     """
-    usable = [s for s in samples if s.pixel_values is not None and s.answer_mask.any()][:NUM_SAMPLES]
+    measurable = (s for s in samples if s.pixel_values is not None and s.answer_mask.any())
+    usable = list(itertools.islice(measurable, NUM_SAMPLES))
     if not usable:
         raise UserError("gamma_text = 0 measures loss gradients, but no calibration sample has both an image and an answer",
                         "give answers, or set gamma_text, e.g. to 10")
     layers = model.spec.num_layers
     sums = torch.zeros(2, layers, 2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
-    with ActivationStore() as store:
+    with ActivationStore(resources.activation_bytes, scratch) as store:
         batches = list(prepare_batches(model, usable, store, stream="input.0"))
         for index in range(layers):
             advance(load_layer(model, index), index, batches, store, f"input.{index}", into=f"input.{index + 1}")
@@ -71,6 +80,7 @@ def measure_gamma(model: MoEVLM, samples: list[ProcessedSample], progress: Progr
                     for place, values in enumerate((gradient, inside)):
                         sums[place, index, modality] += values[rows].abs().mean(-1).double().sum()
                 store.put(f"gradient/{batch.index}", earlier)
+            del layer  # before the next one is read
     ratios = (sums[..., TEXT] / counts[TEXT]) / (sums[..., VISION] / counts[VISION])
     # After the last attention no answer depends on a vision token: that layer has no ratio.
     known = ratios[0][torch.isfinite(ratios[0])]

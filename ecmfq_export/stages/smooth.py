@@ -28,7 +28,8 @@ from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales
 from ecmfq_export.stages.methods import SMOOTHINGS, resolve, smoothing_settings
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
-from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, prepare_batches
+from ecmfq_export.stages.resources import DEFAULT, Resources
+from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, drop_deepstack, prepare_batches
 
 SCALES, SEARCH = "scales.safetensors", "search.json"
 MAX_TOKENS = 16384
@@ -53,7 +54,9 @@ class Taps:
     phi: torch.Tensor
 
 
-def smooth(model_dir: Path, calibration_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+def smooth(
+    model_dir: Path, calibration_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress, resources: Resources = DEFAULT
+) -> Path:
     """Search smoothing scales of the floating-point model and write them to `out_dir`.
 
     Writes ``scales.safetensors`` (``layers.{i}.<name>`` for accepted scales, names as in :class:`LayerScales`),
@@ -72,7 +75,7 @@ def smooth(model_dir: Path, calibration_dir: Path, out_dir: Path, config: QuantC
     calibration = load_calibration(calibration_dir)
     model = open_model(model_dir)
     with bundle.write_stage(out_dir, "smooth", settings, inputs) as (work, info):
-        found, log = search_model(model, calibration, config, progress)
+        found, log = search_model(model, calibration, config, progress, resources, work)
         tensors = {f"layers.{i}.{name}": TensorToWrite.of(scale)
                    for i, scales in found.items() for name, scale in scales.named().items()}
         write_safetensors(work / SCALES, tensors)
@@ -103,23 +106,30 @@ def load_scales(directory: Path) -> dict[int, LayerScales]:
 
 @torch.no_grad()
 def search_model(
-    model: MoEVLM, calibration: Calibration, config: QuantConfig, progress: Progress
+    model: MoEVLM, calibration: Calibration, config: QuantConfig, progress: Progress, resources: Resources, work: Path
 ) -> tuple[dict[int, LayerScales], dict[str, dict[str, Any]]]:
-    """Search every layer while the floating-point activations stream through; the scales, and a log by search."""
+    """Search every layer while the floating-point activations stream through; the scales, and a log by search.
+
+    Args:
+        work: a directory for activations beyond the memory limit.
+    """
     found: dict[int, LayerScales] = {}
     log: dict[str, dict[str, Any]] = {}
-    searcher = _Searcher(model, calibration, config)
+    searcher = _Searcher(model, calibration, config, resources, work)
     if config.smooth_alpha == 0.0 and searcher.parts.smoothing == "smoothquant":
         losses = torch.zeros(len(smoothquant.ALPHAS), dtype=torch.float64)
         for _, layer, train, heldout in searcher.layers(progress, "choose the model's alpha"):
-            for target in searcher.targets(layer, train, heldout):
-                losses += smoothquant.alpha_losses(target.train, target.weight, target.omega, target.bits, tie=target.tie,
-                                                   rounding=searcher.parts.smooth_rounding, group_size=target.group_size)
+            with resources.math():
+                for target in searcher.targets(layer, train, heldout):
+                    losses += smoothquant.alpha_losses(target.train, target.weight, target.omega, target.bits, tie=target.tie,
+                                                       rounding=searcher.parts.smooth_rounding, group_size=target.group_size).cpu()
         searcher.options["alpha"] = smoothquant.ALPHAS[int(losses.argmin())]
     for index, layer, train, heldout in searcher.layers(progress, "search smoothing scales"):
-        scales = searcher.search(index, layer, train, heldout, log)
+        with resources.math():
+            scales = searcher.search(index, layer, train, heldout, log)
+        del layer, train, heldout
         if scales.named():
-            found[index] = scales
+            found[index] = LayerScales(**{name: scale.cpu() for name, scale in scales.named().items()})
     return found, log
 
 
@@ -145,12 +155,12 @@ def _tap(
         phi = fusion_weight(cross_modal_scores(probs, batch.types, batch.valid), batch.types, batch.valid, config.fusion_lambda)
         hidden = hidden + layer.linear(read[attention[-1]], "self_attn.o_proj")
         inputs = layer.moe_input(hidden)
-        keep = batch.valid & (torch.rand(batch.types.shape, generator=generator) < MAX_TOKENS / total)
+        keep = batch.valid & (torch.rand(batch.types.shape, generator=generator, device="cpu") < MAX_TOKENS / total).to(store.device)
         for name, value in {**read, "moe_input": inputs, "types": batch.types, "phi": phi}.items():
             rows[name].append(value[keep])
         store.put(f"hidden/{batch.index}", add_deepstack(hidden + layer.mlp(inputs), index, batch, store))
     joined = {name: torch.cat(values) for name, values in rows.items()}
-    order = torch.randperm(len(joined["types"]), generator=generator)
+    order = torch.randperm(len(joined["types"]), generator=generator, device="cpu").to(store.device)
     shuffled = {name: value[order] for name, value in joined.items()}
     return Taps({name: shuffled.pop(name) for name in attention}, **shuffled)
 
@@ -172,8 +182,9 @@ class _Target:
 class _Searcher:
     """One method's search over the layers of a model."""
 
-    def __init__(self, model: MoEVLM, calibration: Calibration, config: QuantConfig) -> None:
+    def __init__(self, model: MoEVLM, calibration: Calibration, config: QuantConfig, resources: Resources, work: Path) -> None:
         self._model, self._calibration, self._config = model, calibration, config
+        self._resources, self._work = resources, work
         self.parts = resolve(config)
         self._method = SMOOTHINGS[self.parts.smoothing]
         self._rho = 1.0
@@ -188,16 +199,23 @@ class _Searcher:
 
         A method without a gate has no use for samples that its search may not see: it searches on all of them.
         """
-        samples = list(zip(self._calibration.samples, self._calibration.heldout, strict=True))
-        with ActivationStore() as train_store, ActivationStore() as heldout_store:
-            chosen = ([s for s, held in samples if not (held and self._method.gated)], [s for s, held in samples if held])
+        samples, held = self._calibration.samples, self._calibration.heldout
+        limit, device = self._resources.activation_bytes // 2, self._resources.device
+        with (ActivationStore(limit, self._resources.scratch(self._work, "train"), device) as train_store,
+              ActivationStore(limit, self._resources.scratch(self._work, "heldout"), device) as heldout_store):
+            chosen = (samples.choose([not (h and self._method.gated) for h in held]), samples.choose(held))
             sides = [(list(prepare_batches(self._model, part, store)), store)
                      for part, store in zip(chosen, (train_store, heldout_store), strict=True)]
             self._rho = text_rho(self._calibration.gamma, sides[0][0], self.parts.balanced)
             for index in progress.track(range(self._model.spec.num_layers), description, self._model.spec.num_layers):
-                layer = load_layer(self._model, index)
-                train, heldout = (_tap(layer, index, *side, self._config, salt) for salt, side in enumerate(sides))
+                layer = load_layer(self._model, index).to(device)
+                with self._resources.math():
+                    train, heldout = (_tap(layer, index, *side, self._config, salt) for salt, side in enumerate(sides))
+                for batches, store in sides:
+                    drop_deepstack(index, batches, store)
                 yield index, layer, train, heldout
+                # Nothing of this layer may be held while the next one is read.
+                del layer, train, heldout
 
     def search(self, index: int, layer: DecoderLayer, train: Taps, heldout: Taps, log: dict[str, Any]) -> LayerScales:
         """The layer's scales; what was found goes into `log`."""

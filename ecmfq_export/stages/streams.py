@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,54 +18,32 @@ from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.torch_decoder import DecoderLayer
 from ecmfq_export.runtime import host_inputs
 from ecmfq_export.runtime.sample import ProcessedSample
+from ecmfq_export.stages.resources import ACTIVATION_BYTES
 
 BATCH_TOKENS = 2048
-WINDOW = 64
-MEMORY_LIMIT = 1 << 30
-"""Bytes of activations kept in memory; what comes after goes to disk."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded samples, B of them, S tokens of the longest; the activations lie in an :class:`ActivationStore`.
-
-    Attributes:
-        index: number of the batch, its key in the store.
-        samples: their numbers in the list that was prepared.
-        cos, sin: float32 [B, S, head_dim].
-        types: int64 [B, S], 0 text, 1 vision.
-        lengths: int64 [B].
-        num_deepstack: DeepStack tensors in the store.
-    """
-
-    index: int
-    samples: list[int]
-    cos: torch.Tensor
-    sin: torch.Tensor
-    types: torch.Tensor
-    lengths: torch.Tensor
-    num_deepstack: int
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """bool [B, S], False at padding."""
-        return torch.arange(self.types.shape[1]) < self.lengths.unsqueeze(1)
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """Additive causal mask [B, 1, S, S]; made when asked for, it is the largest of a batch's inputs."""
-        length = self.types.shape[1]
-        return torch.from_numpy(host_inputs.attention_mask(np.zeros(len(self.lengths), np.int64), length, length)).float()
+WINDOW, WINDOW_PATCH_BYTES = 64, 1 << 28
+"""Samples sorted by length together: so many, or as many as have so many bytes of image patches."""
 
 
 class ActivationStore:
-    """Float32 tensors by name; beyond `limit` bytes they are files in a temporary directory that :meth:`close` removes."""
+    """Float32 tensors by name; beyond `limit` bytes they are files, which :meth:`close` removes.
 
-    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+    Args:
+        limit: bytes kept in memory.
+        directory: where the files lie, made when the first one is needed; None for a temporary directory.
+        device: where :meth:`get` puts what it reads. What is kept lies in host memory.
+
+    Attributes:
+        device: the same.
+    """
+
+    def __init__(self, limit: int = ACTIVATION_BYTES, directory: Path | None = None, device: str = "cpu") -> None:
+        self.device = device
         self._limit, self._held = limit, 0
         self._memory: dict[str, torch.Tensor] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        self._wanted, self._directory = directory, directory
+        self._numbers = itertools.count()
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -74,59 +54,111 @@ class ActivationStore:
     def put(self, name: str, value: torch.Tensor) -> None:
         """Keep `value` under `name`, in place of what was there."""
         self.drop(name)
-        value = value.detach().float().contiguous()
+        value = value.detach().to("cpu", torch.float32).contiguous()
         size = value.numel() * 4
         if self._held + size <= self._limit:
             self._memory[name] = value
             self._held += size
             return
-        if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="ecmfq-activations-")
-        value.numpy().tofile(self._path(name))
-        self._shapes[name] = tuple(value.shape)
+        file = self._place() / str(next(self._numbers))
+        value.numpy().tofile(file)
+        self._files[name] = (file, tuple(value.shape))
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor kept under `name`; not to be changed in place."""
         if name in self._memory:
-            return self._memory[name]
-        shape = self._shapes[name]
-        return torch.from_numpy(np.fromfile(self._path(name), np.float32)).view(shape)
+            return self._memory[name].to(self.device)
+        file, shape = self._files[name]
+        return torch.from_numpy(np.fromfile(file, np.float32)).view(shape).to(self.device)
 
     def drop(self, name: str) -> None:
         """Forget `name`, if it is there."""
         held = self._memory.pop(name, None)
         if held is not None:
             self._held -= held.numel() * 4
-        elif self._shapes.pop(name, None) is not None:
-            self._path(name).unlink()
+        elif name in self._files:
+            self._files.pop(name)[0].unlink()
+
+    def move(self, name: str, new: str) -> None:
+        """Keep under `new` what is kept under `name`, without touching its values."""
+        self.drop(new)
+        if name in self._memory:
+            self._memory[new] = self._memory.pop(name)
+        else:
+            self._files[new] = self._files.pop(name)
 
     def names(self) -> list[str]:
         """Everything kept, sorted."""
-        return sorted([*self._memory, *self._shapes])
+        return sorted([*self._memory, *self._files])
 
     def close(self) -> None:
         """Forget everything."""
         self._memory.clear()
-        self._shapes.clear()
+        self._files.clear()
         self._held = 0
         if self._directory is not None:
-            self._directory.cleanup()
-            self._directory = None
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = self._wanted
 
-    def _path(self, name: str) -> Path:
+    def _place(self) -> Path:
         if self._directory is None:
-            raise KeyError(name)
-        return Path(self._directory.name) / name.replace("/", "_")
+            self._directory = Path(tempfile.mkdtemp(prefix="ecmfq-activations-"))
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return self._directory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples, B of them, S tokens of the longest; the activations lie in an :class:`ActivationStore`.
+
+    Attributes:
+        index: number of the batch, its key in the store.
+        samples: their numbers in the list that was prepared.
+        types: int64 [B, S], 0 text, 1 vision.
+        lengths: int64 [B].
+        num_deepstack: DeepStack tensors in the store; 0 for a batch without images.
+        store: what keeps its rotary tables, ``cos/{index}`` and ``sin/{index}``.
+    """
+
+    index: int
+    samples: list[int]
+    types: torch.Tensor
+    lengths: torch.Tensor
+    num_deepstack: int
+    store: ActivationStore
+
+    @property
+    def cos(self) -> torch.Tensor:
+        """float32 [B, S, head_dim]."""
+        return self.store.get(f"cos/{self.index}")
+
+    @property
+    def sin(self) -> torch.Tensor:
+        """float32 [B, S, head_dim]."""
+        return self.store.get(f"sin/{self.index}")
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool [B, S], False at padding."""
+        return torch.arange(self.types.shape[1], device=self.lengths.device) < self.lengths.unsqueeze(1)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Additive causal mask [B, 1, S, S]; made when asked for, it is the largest of a batch's inputs."""
+        length = self.types.shape[1]
+        mask = torch.from_numpy(host_inputs.attention_mask(np.zeros(len(self.lengths), np.int64), length, length)).float()
+        return mask.to(self.lengths.device)
 
 
 def prepare_batches(
     model: MoEVLM, samples: Iterable[ProcessedSample], store: ActivationStore, *, batch_tokens: int = BATCH_TOKENS,
     stream: str = "hidden",
 ) -> Iterator[Batch]:
-    """Run the vision tower and the embeddings, batch by batch, into `store` (``{stream}/{index}``, ``deepstack.{i}/{index}``).
+    """Run the vision tower and the embeddings, batch by batch, into `store`: ``{stream}/{index}``, ``deepstack.{i}/{index}``, and the
+    rotary tables.
 
-    Samples are sorted by length within windows of 64, so that little is padding; a batch holds at most `batch_tokens` tokens,
-    padding included, or one sample.
+    Samples are sorted by length within windows of 64 (fewer where images are large), so that little is padding; a batch holds at
+    most `batch_tokens` tokens, padding included, or one sample.
 
     Raises:
         UserError: a sample that is longer than the model's positions.
@@ -140,23 +172,28 @@ def prepare_batches(
                 raise UserError(f"sample {group[-1][0]} has {longest} tokens, the model takes {model.spec.max_position_embeddings}",
                                 "use smaller images or shorter texts")
             if vision is None and any(sample.pixel_values is not None for _, sample in group):
-                vision = model.vision_module()
+                vision = model.vision_module().to(store.device)
             inputs = prepare_inputs(model, [sample for _, sample in group], vision=vision)
-            store.put(f"{stream}/{index}", inputs.inputs_embeds)
-            for i, deep in enumerate(inputs.deepstack):
+            # Without an image they are zeros.
+            deepstack = inputs.deepstack if bool(inputs.token_types.any()) else []
+            for name, value in ((stream, inputs.inputs_embeds), ("cos", inputs.cos), ("sin", inputs.sin)):
+                store.put(f"{name}/{index}", value)
+            for i, deep in enumerate(deepstack):
                 store.put(f"deepstack.{i}/{index}", deep)
-            yield Batch(index, [number for number, _ in group], inputs.cos.float(), inputs.sin.float(), inputs.token_types,
-                        inputs.lengths, len(inputs.deepstack))
+            yield Batch(index, [number for number, _ in group], inputs.token_types.to(store.device), inputs.lengths.to(store.device),
+                        len(deepstack), store)
             index += 1
 
 
 def _windows(items: Iterable[tuple[int, ProcessedSample]]) -> Iterator[list[tuple[int, ProcessedSample]]]:
-    window = []
+    window: list[tuple[int, ProcessedSample]] = []
+    patch_bytes = 0
     for item in items:
         window.append(item)
-        if len(window) == WINDOW:
+        patch_bytes += 0 if item[1].pixel_values is None else item[1].pixel_values.nbytes
+        if len(window) == WINDOW or patch_bytes >= WINDOW_PATCH_BYTES:
             yield window
-            window = []
+            window, patch_bytes = [], 0
     if window:
         yield window
 
@@ -174,6 +211,12 @@ def _groups(window: list[tuple[int, ProcessedSample]], batch_tokens: int) -> Ite
 def add_deepstack(hidden: torch.Tensor, layer: int, batch: Batch, store: ActivationStore) -> torch.Tensor:
     """A layer's output plus the DeepStack features that belong to it."""
     return hidden + store.get(f"deepstack.{layer}/{batch.index}") if layer < batch.num_deepstack else hidden
+
+
+def drop_deepstack(layer: int, batches: Iterable[Batch], store: ActivationStore) -> None:
+    """Forget the DeepStack features of a layer that no stream of `store` has to go through any more."""
+    for batch in batches:
+        store.drop(f"deepstack.{layer}/{batch.index}")
 
 
 @torch.no_grad()

@@ -13,16 +13,19 @@ from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.validate.torch_lockstep import batch_rows
 
 _BATCH_TOKENS = 2048
-_BATCH_PROMPTS = 16
-"""The static cache is [batch, kv_heads, max_seq, head_dim] a layer, so a batch costs memory however short its prompts are."""
+_BATCH_PROMPTS, _CACHE_BYTES, _LOGIT_BYTES = 16, 1 << 29, 1 << 29
+"""The static cache is [batch, kv_heads, max_seq, head_dim] a layer, so a batch costs memory however short its prompts are; logits are
+[batch, seq, vocabulary]."""
 
 
 def answer_logits(session: DecoderSession, samples: Sequence[ProcessedSample], stepwise: bool = False) -> list[np.ndarray]:
     """:meth:`DecoderSession.answer_logits` in batches of bounded size, in the order of `samples`."""
     out: dict[int, np.ndarray] = {}
-    for rows in batch_rows([s.length for s in samples], _BATCH_TOKENS):
-        for start in range(0, len(rows), _BATCH_PROMPTS):
-            part = rows[start : start + _BATCH_PROMPTS]
+    prompts = max(1, min(_BATCH_PROMPTS, _CACHE_BYTES // session.cache_bytes))
+    tokens = min(_BATCH_TOKENS, _LOGIT_BYTES // (4 * session.vocab_size))
+    for rows in batch_rows([s.length for s in samples], tokens):
+        for start in range(0, len(rows), prompts):
+            part = rows[start : start + prompts]
             out.update(zip(part, session.answer_logits([samples[r] for r in part], stepwise), strict=True))
     return [out[i] for i in range(len(samples))]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ecmfq_export import bundle
 from ecmfq_export.errors import BundleError, UserError
+from ecmfq_export.models.inputs import run_vision
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.progress import Progress
 from ecmfq_export.runtime.decoder_session import DecoderSession
@@ -37,8 +38,8 @@ MODELS = ("float", "quantized", "onnx")
 STAGE = "validate"
 _CHUNK_TOKENS = 65_536
 """Tokens whose hidden states are held at once."""
-_TAPPED_SAMPLES, _TAPPED_TOKENS = 6, 2048
-"""Prompts whose hidden states are compared with ONNX Runtime's layer by layer."""
+_TAPPED_SAMPLES, _TAPPED_TOKENS, _TAPPED_BYTES = 6, 2048, 1 << 28
+"""Prompts whose hidden states are compared with ONNX Runtime's layer by layer, and what all layers' states may take."""
 _WORST = 12
 
 
@@ -97,11 +98,13 @@ def validate(
     with bundle.write_stage(out_dir, STAGE, config, inputs) as (work, info):
         study = _Study(floating, quantized, session, processor, prompts, progress)
         study.run()
-        tapped = study.tapped
+        vision, retrieval = study.vision_difference(), study.retrieval()
+        # The second session is opened when the first one is gone: each may hold the whole decoder.
+        del session, study.session
         progress.note("hidden states in ONNX Runtime")
-        states = onnx_side.hidden_states(onnx_dir, [prompts.samples[i] for i in tapped], len(study.layers))
-        report = study.report(states)
-        report["retrieval"] = study.retrieval()
+        states = onnx_side.hidden_states(onnx_dir, [prompts.samples[i] for i in study.tapped], len(study.layers))
+        report = study.report(states, vision)
+        report["retrieval"] = retrieval
         report["bytes"] = checkpoint_bytes(quantized) | {"artifacts": artifact_bytes(onnx_dir, engines_dir)}
         report["engines"] = _engine_facts(engines_dir)
         report["quantization"] = read_record(quantized_dir)
@@ -137,7 +140,10 @@ class _Study:
     def __post_init__(self) -> None:
         self.lockstep = Lockstep(self.floating, self.quantized)
         self.layers = self.lockstep.layers
-        self.tapped = _first_within([s.length for s in self.prompts.samples])
+        spec = self.floating.spec
+        budget = _TAPPED_BYTES // (4 * spec.hidden_size * spec.num_layers)
+        self.tapped = _first_within([s.length for s in self.prompts.samples], min(_TAPPED_TOKENS, budget))
+        self.onnx_dtype = str(self.session.dtype)
         self.kept: dict[tuple[int, int], np.ndarray] = {}
         self.logits = {"float_vs_quantized": LogitComparison("floating point against quantized PyTorch"),
                        "quantized_vs_onnx": LogitComparison("quantized PyTorch against ONNX Runtime"),
@@ -178,7 +184,7 @@ class _Study:
         self.seconds["onnx"] += time.perf_counter() - middle
         return floating, quantized, onnx
 
-    def report(self, states: list[list[np.ndarray]]) -> dict[str, Any]:
+    def report(self, states: list[list[np.ndarray]], vision: list[dict[str, Any]]) -> dict[str, Any]:
         spec = self.floating.spec
         moe = [spec.layers[i].mlp for i in spec.moe_layers]
         return {
@@ -187,8 +193,8 @@ class _Study:
                       "experts": moe[0].num_experts if moe else 0, "top_k": moe[0].top_k if moe else 0,
                       "quantized": self.quantized.quantization is not None},
             "settings": {"items": len(self.prompts.samples), "positions": self.prompts.positions,
-                         "tapped_items": len(self.tapped), "onnx_dtype": str(self.session.dtype)},
-            "vision": self._vision_difference(),
+                         "tapped_items": len(self.tapped), "onnx_dtype": self.onnx_dtype},
+            "vision": vision,
             "layers": [self._layer(i, states) for i in range(spec.num_layers)],
             "logits": {name: comparison.as_dict() for name, comparison in self.logits.items()},
             "kl_histogram": _histograms(self.logits),
@@ -206,17 +212,18 @@ class _Study:
         return {"index": index, "float_vs_quantized": record.hidden.as_dict(), "quantized_vs_onnx": onnx.as_dict(),
                 "same_experts": record.same / record.picks if record.picks else None, "expert_usage": usage}  # fmt: skip
 
-    def _vision_difference(self) -> list[dict[str, Any]]:
+    def vision_difference(self) -> list[dict[str, Any]]:
+        """Image features and DeepStack features of the tapped prompts, the quantized checkpoint's tower against the graph's."""
+        samples = [sample for sample in (self.prompts.samples[i] for i in self.tapped) if sample.pixel_values is not None]
+        tower = self.quantized.vision_module() if samples else None
         differences: list[Difference] = []
-        for index in self.tapped:
-            sample = self.prompts.samples[index]
-            if sample.pixel_values is None:
-                continue
-            pairs = zip(self.lockstep.vision_features(sample), self.session.image_features(sample), strict=True)
+        for sample in samples:
+            features, deepstack = run_vision(tower, sample.pixel_values, sample.image_grid_thw)
+            pairs = zip((features, *deepstack), self.session.image_features(sample), strict=True)
             for i, (torch_features, onnx_features) in enumerate(pairs):
                 if i == len(differences):
                     differences.append(Difference())
-                differences[i].add(torch_features, onnx_features)
+                differences[i].add(torch_features.numpy(), onnx_features)
         return [{"output": "image features" if i == 0 else f"DeepStack {i - 1}", **d.as_dict()}
                 for i, d in enumerate(differences)]  # fmt: skip
 
@@ -279,12 +286,12 @@ def _greedy_part(predicted: np.ndarray, answer: np.ndarray) -> np.ndarray:
     return predicted[: wrong[0] + 1] if len(wrong) else predicted
 
 
-def _first_within(lengths: list[int]) -> list[int]:
+def _first_within(lengths: list[int], budget: int = _TAPPED_TOKENS) -> list[int]:
     """The tapped prompts: the first few, evenly spread, that stay within the token budget together (one at least)."""
     count = min(_TAPPED_SAMPLES, len(lengths))
     chosen: list[int] = []
     for i in (k * len(lengths) // count for k in range(count)):
-        if not chosen or sum(lengths[j] for j in chosen) + lengths[i] <= _TAPPED_TOKENS:
+        if not chosen or sum(lengths[j] for j in chosen) + lengths[i] <= budget:
             chosen.append(i)
     return chosen
 

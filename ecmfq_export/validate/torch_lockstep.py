@@ -57,7 +57,6 @@ class Lockstep:
 
     def __init__(self, floating: MoEVLM, quantized: MoEVLM) -> None:
         self._float, self._quantized = floating, quantized
-        self._vision = floating.vision_module(), quantized.vision_module()
         self._rotations = residual_rotation(floating), residual_rotation(quantized)
         self.layers = [LayerRecord() for _ in floating.spec.layers]
 
@@ -72,37 +71,45 @@ class Lockstep:
             record: gather :attr:`layers`.
             on_hidden: gets (layer, sample, the quantized model's output of the layer [S, hidden]).
         """
-        batches = [self._batch(samples, rows) for rows in batch_rows([s.length for s in samples], _BATCH_TOKENS)]
+        batches = self._batches(samples)
         for index in range(self._float.spec.num_layers):
-            float_layer, quantized_layer = load_layer(self._float, index), load_layer(self._quantized, index)
+            # One model's layer after the other's: only one of them is in memory.
+            layer = load_layer(self._float, index)
+            chosen = []
             for batch in batches:
-                batch.float_hidden, float_routing = _run(float_layer, batch.float_hidden, batch.floating)
-                batch.quantized_hidden, quantized_routing = _run(quantized_layer, batch.quantized_hidden, batch.quantized)
+                batch.float_hidden, routing = _run(layer, batch.float_hidden, batch.floating)
+                chosen.append(None if routing is None else routing.topk_ids)
+            del layer
+            layer = load_layer(self._quantized, index)
+            for batch, ids in zip(batches, chosen, strict=True):
+                batch.quantized_hidden, routing = _run(layer, batch.quantized_hidden, batch.quantized)
                 if record:
-                    self._record(index, batch, float_routing, quantized_routing)
+                    self._record(index, batch, ids, None if routing is None else routing.topk_ids)
                 if on_hidden is not None:
                     for i, row in enumerate(batch.rows):
                         on_hidden(index, row, batch.quantized_hidden[i, : samples[row].length].numpy())
+            del layer
         out: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for logits, model, which in zip(out, (self._float, self._quantized), ("float_hidden", "quantized_hidden"), strict=True):
             logits.extend(_answers(model, samples, batches, which))
         return out
 
-    def vision_features(self, sample: ProcessedSample) -> list[np.ndarray]:
-        """The quantized model's image features and DeepStack features of a sample, [image tokens, hidden] each."""
-        from ecmfq_export.models.inputs import run_vision
+    def _batches(self, samples: Sequence[ProcessedSample]) -> list[_Batch]:
+        groups = batch_rows([s.length for s in samples], _BATCH_TOKENS)
+        sides = []
+        for model in (self._float, self._quantized):
+            # A tower can be as large as a decoder layer: each is read when its turn comes.
+            vision = model.vision_module() if any(s.pixel_values is not None for s in samples) else None
+            sides.append([prepare_inputs(model, [samples[row] for row in rows], vision=vision) for rows in groups])
+            del vision
+        batches = []
+        for rows, floating, quantized in zip(groups, *sides, strict=True):
+            valid = torch.arange(floating.inputs_embeds.shape[1]) < floating.lengths[:, None]
+            batches.append(_Batch(rows, floating, quantized, floating.inputs_embeds, quantized.inputs_embeds, valid))
+        return batches
 
-        features, deepstack = run_vision(self._vision[1], sample.pixel_values, sample.image_grid_thw)
-        return [features.numpy(), *(d.numpy() for d in deepstack)]
-
-    def _batch(self, samples: Sequence[ProcessedSample], rows: list[int]) -> _Batch:
-        chosen = [samples[row] for row in rows]
-        floating = prepare_inputs(self._float, chosen, vision=self._vision[0])
-        quantized = prepare_inputs(self._quantized, chosen, vision=self._vision[1])
-        valid = torch.arange(floating.inputs_embeds.shape[1]) < floating.lengths[:, None]
-        return _Batch(rows, floating, quantized, floating.inputs_embeds, quantized.inputs_embeds, valid)
-
-    def _record(self, index: int, batch: _Batch, floating: Routing | None, quantized: Routing | None) -> None:
+    def _record(self, index: int, batch: _Batch, floating: torch.Tensor | None, quantized: torch.Tensor | None) -> None:
+        """`floating` and `quantized` are the ids of the experts that each token takes [T, slots]; None for a dense layer."""
         record, valid = self.layers[index], batch.valid
         states = (batch.float_hidden[valid], batch.quantized_hidden[valid])
         plain = (h if r is None else r.invert(h) for h, r in zip(states, self._rotations, strict=True))
@@ -111,8 +118,8 @@ class Lockstep:
         if floating is None or quantized is None or not isinstance(mlp, MoESpec):
             return
         flat = valid.reshape(-1)
-        chosen = [torch.zeros(len(flat), mlp.num_experts, dtype=torch.bool).scatter_(1, r.topk_ids[:, : mlp.top_k], True)[flat]
-                  for r in (floating, quantized)]  # fmt: skip
+        chosen = [torch.zeros(len(flat), mlp.num_experts, dtype=torch.bool).scatter_(1, ids[:, : mlp.top_k], True)[flat]
+                  for ids in (floating, quantized)]  # fmt: skip
         vision = batch.floating.token_types[valid].bool()
         for name, members in (("text", ~vision), ("vision", vision)):
             counts = chosen[0][members].sum(0).numpy()

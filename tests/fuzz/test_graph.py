@@ -40,8 +40,8 @@ def _set(tensor: onnx.TensorProto, key: str, value: str) -> None:
 def test_places_of_weights(seed: int, subject: Subject) -> None:
     """Entries that lead elsewhere, overlap the end, or are no numbers; none may be taken."""
     secret = str(subject.root.parent / SECRET)
-    locations = (f"../../../{SECRET}", f"../../{SECRET}", secret, "/etc/hostname", "", ".", "..", "../decoder", "weights.data/", "a/../../x",
-                 "weights.data\0", "no-such-file", LONG, "file://" + secret, "..\\..\\" + SECRET, "~/x", "*", "weights.data ")
+    locations = (f"../../../{SECRET}", f"../../{SECRET}", secret, "/etc/hostname", "", ".", "..", "../decoder", "weights.data/",
+                 "a/../../x", "weights.data\0", "no-such-file", LONG, "file://" + secret, "..\\..\\" + SECRET, "~/x", "*", "weights.data ")
     texts = ("-1", "abc", "0x10", "1e3", " 5", "+5", "5.0", "\u0665", "9" * 30, str(2**63), str(2**64), str(10**14), "")
 
     def mutate(draw: random.Random) -> tuple[str, bytes, str]:
