@@ -223,7 +223,7 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
     """
     from ecmfq_export.engine.build import build_engine
     from ecmfq_export.engine.engine_file import expect_plugin_nodes
-    from ecmfq_export.engine.plugin_library import find_plugin_library, read_plugin_library
+    from ecmfq_export.engine.plugin_library import ABI_VERSION, find_plugin_library, read_plugin_library
     from ecmfq_export.engine.profiles import profile_shapes
 
     onnx_dir = Paths(bundle_root).onnx
@@ -241,6 +241,7 @@ def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verb
         progress.note(f"{out_dir}: up to date")
         return out_dir
     with bundle.write_stage(out_dir, "build", config, inputs) as (work, info):
+        info["plugin_abi"] = ABI_VERSION
         if read_plugin_library(library).platform == target.platform:
             shutil.copyfile(library, work / library.name)
         else:

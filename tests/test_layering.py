@@ -17,24 +17,25 @@ ROOT = Path(__file__).resolve().parents[1] / "ecmfq_export"
 # What each part of the package may import from the package (itself apart): a name, or a dotted name for one module of a part.
 OWN: dict[str, set[str]] = {
     "errors": set(),
+    "json_file": set(),  # JSON that may be hostile: one reader of it
     "console": {"errors"},
     "progress": {"errors"},
     "config": {"errors"},
     "target": {"errors"},
     "quant": {"errors"},
     "file_hashes": set(),
-    "bundle": {"errors", "config", "file_hashes", "quant.qtensor"},
+    "bundle": {"errors", "json_file", "config", "file_hashes", "quant.qtensor"},
     # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
-    "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
+    "models": {"errors", "json_file", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
                "runtime.sample"},
     # The processor makes calibration samples from images and text.
-    "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
+    "stages": {"errors", "json_file", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
                "runtime.processor", "runtime.sample"},
-    "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.kernel_layout", "quant.pack", "quant.qtensor"},
+    "graph": {"errors", "json_file", "config", "models", "bundle", "target", "progress", "quant.kernel_layout", "quant.pack", "quant.qtensor"},
     "engine": {"errors", "target", "bundle"},
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
-    "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
-    "runtime": {"errors", "bundle", "engine.runner"},
+    "validate": {"errors", "json_file", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
+    "runtime": {"errors", "json_file", "bundle", "engine.runner"},
     # A model inside another project's program: opened, asked, scored.
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
@@ -42,6 +43,7 @@ COMMAND_LINE = {"cli", "workflow", "describe", "disk_need"}  # may import everyt
 
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
+    "json_file": set(),
     "config": set(),
     "target": set(),
     "file_hashes": set(),

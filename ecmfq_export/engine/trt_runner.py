@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ecmfq_export.bundle import MANIFEST
 from ecmfq_export.engine.device import current_device
+from ecmfq_export.engine.engine_directory import check_runs_here, open_engines
 from ecmfq_export.engine.runner import check_feeds
 from ecmfq_export.engine.trt_module import LogLines, load_module, make_logger
 from ecmfq_export.errors import BuildError
@@ -43,8 +45,13 @@ class TrtRunner:
             found = "none" if device is None else f"{device.name} with {device.compute_capability}"
             raise BuildError(f"{path} needs a GPU of compute capability {list(target.compute_capabilities)}; found: {found}",
                              "without a GPU, ONNX Runtime runs the bundle: ecmfq-export run")
-        self._cuda = _cudart()
+        path = Path(path)
         module = load_module(target.engine)
+        if (path.parent / MANIFEST).is_file():
+            record = next((r for r in open_engines(path.parent).values() if r.path.name == path.name), None)
+            if record is not None:
+                check_runs_here(record, module.__version__, device)
+        self._cuda = _cudart()
         self._log = LogLines()
         self._logger = make_logger(module, self._log)
         self._runtime = module.Runtime(self._logger)
