@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
     sub.add_argument("--no-build", action="store_true", help="stop at ONNX; build engines elsewhere with 'build'")
+    sub.add_argument("--dry-run", action="store_true",
+                     help="check everything that can be checked, print stages, bytes, memory, disk and time, and write nothing")
     _quant_arguments(sub)
     sub.add_argument("--max-seq-len", type=int, help="length of the static KV cache (default: the target's limit)")
     sub.add_argument("--max-batch", type=int, help="largest batch (default: the target's limit)")
@@ -225,6 +227,8 @@ def _export(args: argparse.Namespace) -> int:
     resources = _resources(args)
     target = load_target(args.target)
     out, err = _consoles()
+    if args.dry_run:
+        return _dry_run(args, target, quant, export_config, resources, out)
     with RichProgress(err).running() as progress:
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
                         evaluation=args.evaluate, limit=args.limit, build=not args.no_build, resources=resources)
@@ -232,6 +236,17 @@ def _export(args: argparse.Namespace) -> int:
     out.print(f"bundle: {args.output}", soft_wrap=True)
     require_passed(report)
     return 0
+
+
+def _dry_run(args: argparse.Namespace, target: Any, quant: Any, export_config: Any, resources: Any, out: Any) -> int:
+    from ecmfq_export.plan import plan_export, print_plan
+
+    plan = plan_export(args.model, args.data, args.output, target, quant, export_config, evaluation=args.evaluate, limit=args.limit,
+                       build=not args.no_build, resources=resources)
+    print_plan(plan, out)
+    for check in plan.failed:
+        print(f"ecmfq-export: error: {UserError(check.detail, check.fix)}", file=sys.stderr)
+    return 2 if plan.failed else 0
 
 
 def _quantize(args: argparse.Namespace) -> int:

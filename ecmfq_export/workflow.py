@@ -28,6 +28,7 @@ from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
 
 if TYPE_CHECKING:
+    from ecmfq_export.models.moe_vlm import MoEVLM
     from ecmfq_export.runtime.generate import Generator
     from ecmfq_export.stages.resources import Resources
     from ecmfq_export.validate.evaluation.result import EvalResult
@@ -75,6 +76,31 @@ class Paths:
         return sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
 
 
+def require_quantizable(model: MoEVLM, config: QuantConfig, data: Path | None, exported: bool = False) -> None:
+    """Refuse what a stage would refuse later, before any work.
+
+    Args:
+        exported: whether graphs are written afterwards.
+
+    Raises:
+        UserError: a quantized model, settings that it does not allow, or no calibration data where the method needs them.
+    """
+    from ecmfq_export.stages.methods import resolve
+    from ecmfq_export.stages.recipes import check_supported
+
+    if model.quantization is not None:
+        raise UserError(f"{model.path} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    parts = resolve(config)
+    # Rotating unties the output matrix from the embeddings.
+    tied = model.spec.tie_word_embeddings and parts.rotate == "none"
+    check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
+    if parts.needs_data and data is None:
+        raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
+    if exported and parts.rotate == "residual_online":
+        raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
+                        "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
+
+
 def quantize_model(
     model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress, resources: Resources | None = None
 ) -> Path:
@@ -89,19 +115,12 @@ def quantize_model(
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
     from ecmfq_export.stages.quantize import quantize
-    from ecmfq_export.stages.recipes import check_supported
     from ecmfq_export.stages.resources import DEFAULT
 
     resources = resources or DEFAULT
     model = open_model(model_dir)
-    if model.quantization is not None:
-        raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    require_quantizable(model, config, data)
     parts = resolve(config)
-    # Rotating unties the output matrix from the embeddings.
-    tied = model.spec.tie_word_embeddings and parts.rotate == "none"
-    check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
-    if parts.needs_data and data is None:
-        raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
     prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
     disk_need.check_space(disk_need.quantize_needs(model, config, prompts, out_dir, resources.activation_bytes), out_dir)
     with remembered(out_dir.with_name(HASHES)):
@@ -162,9 +181,8 @@ def export(
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
     require_plain_inputs(model)
-    if model.quantization is None and resolve(quant).rotate == "residual_online":
-        raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
-                        "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
+    if model.quantization is None:
+        require_quantizable(model, quant, data, exported=True)
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
     if build and target.engine.build == "on-device" and not is_this_device(target):

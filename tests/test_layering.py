@@ -40,7 +40,7 @@ OWN: dict[str, set[str]] = {
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
 EVERYWHERE = {"json_file"}  # files that may be hostile are read in one way
-COMMAND_LINE = {"cli", "workflow", "describe", "disk_need"}  # may import everything
+COMMAND_LINE = {"cli", "workflow", "describe", "disk_need", "plan", "plan_estimate"}  # may import everything
 
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
@@ -62,6 +62,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "cli": {"rich"},
     "workflow": set(),
     "disk_need": set(),
+    "plan": {"rich"},
+    "plan_estimate": {"torch"},
     "describe": {"rich", "onnx"},
 }
 

@@ -61,7 +61,7 @@ def build_engine(
     num_plugin_nodes = _count_plugin_nodes(onnx_path)
     needs = memory_needs(onnx_path, profiles)
     check_memory(needs, target)
-    library = _library(plugin_library, num_plugin_nodes, target)
+    library = _library_of_graph(plugin_library, num_plugin_nodes, target)
     _check_machine(target)
     module = load_module(target.engine)
 
@@ -95,12 +95,21 @@ def _count_plugin_nodes(onnx_path: Path) -> int:
     return sum(node.op_type == PLUGIN_NAME for node in model.graph.node)
 
 
-def _library(path: Path | None, num_plugin_nodes: int, target: Target) -> PluginLibrary | None:
+def _library_of_graph(path: Path | None, num_plugin_nodes: int, target: Target) -> PluginLibrary | None:
     if num_plugin_nodes == 0:
         return None
     if path is None:
         raise BuildError(f"the graph has {num_plugin_nodes} {PLUGIN_NAME} nodes and no plugin library was given",
                          "run 'pip install .' to compile it; 'ecmfq-export doctor' shows where it is looked for")
+    return library_for(path, target)
+
+
+def library_for(path: Path, target: Target) -> PluginLibrary:
+    """A library that loads here and has kernels for every compute capability of a target.
+
+    Raises:
+        BuildError: it does not, or has not.
+    """
     library = check_plugin_library(path)
     missing = [sm for sm in target.compute_capabilities if sm not in library.compute_capabilities]
     if missing:
