@@ -37,6 +37,7 @@ class Manifest:
         inputs: name to fingerprint of everything that was read.
         files: path inside the directory (POSIX form) to sha256.
         info: figures and facts that later stages and people read.
+        version: of the ecmfq_export that wrote it; empty where it is not said.
     """
 
     stage: str
@@ -44,6 +45,7 @@ class Manifest:
     inputs: dict[str, str]
     files: dict[str, str]
     info: dict[str, Any]
+    version: str = ""
 
 
 def fingerprint(path: Path) -> str:
@@ -160,7 +162,7 @@ def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
                 raise BundleError(f"{directory / MANIFEST}: the hash of '{name}' in '{key}' is no string")
     for name in data["files"]:
         inside(directory, name)
-    return Manifest(**{key: data[key] for key in parts})
+    return Manifest(**{key: data[key] for key in parts}, version=str(data.get("ecmfq_export", ""))[:40])
 
 
 def open_stage(directory: Path, stage: str) -> Manifest:

@@ -158,10 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
 
-    sub = command("inspect", _inspect, "describe a checkpoint, bundle, ONNX graph or engine file")
+    sub = command("inspect", _inspect, "describe a bundle, stage, checkpoint, ONNX graph or engine file",
+                  "examples:\n  ecmfq-export inspect ./bundle --verify\n  ecmfq-export inspect ./bundle --html bundle.html\n")
     sub.add_argument("path", type=Path)
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with figures of every layer")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     sub.add_argument("--verify", action="store_true", help="check every hash of a bundle")
+
+    sub = command("compare", _compare, "two bundles side by side: settings, bytes, precision and errors by layer, figures, engines",
+                  "example:\n  ecmfq-export compare ./bundle-w8a8 ./bundle-w4a8 --html compare.html\n")
+    sub.add_argument("first", type=Path, metavar="A")
+    sub.add_argument("second", type=Path, metavar="B")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
 
     sub = command("targets", _targets, "list the devices that can be exported for")
     sub.add_argument("--json", action="store_true")
@@ -323,14 +332,44 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from ecmfq_export.describe import describe, print_description
+    from ecmfq_export.describe import describe, rows
+    from ecmfq_export.describe_tables import print_description
 
     facts = describe(args.path, verify=args.verify)
+    if args.html is not None:
+        from ecmfq_export.validate.facts_page import description_page
+
+        _write_page(args.html, description_page(facts, rows(facts)))
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
         print_description(facts, _consoles()[0])
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from ecmfq_export.bundle_compare import compare, difference
+    from ecmfq_export.describe_tables import print_comparison
+
+    found = compare(args.first, args.second)
+    if args.html is not None:
+        from ecmfq_export.validate.facts_page import comparison_page
+
+        _write_page(args.html, comparison_page(found.first, found.second, found.settings, found.bytes, found.evaluation, difference))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print_comparison(found, _consoles()[0])
+    return 0
+
+
+def _write_page(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}", "give a file in a directory that exists") from None
 
 
 def _targets(args: argparse.Namespace) -> int:

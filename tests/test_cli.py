@@ -11,7 +11,7 @@ import pytest
 
 from ecmfq_export.cli import main
 
-COMMANDS = ("export", "quantize", "build", "validate", "evaluate", "run", "inspect", "targets", "doctor")
+COMMANDS = ("export", "quantize", "build", "validate", "evaluate", "run", "inspect", "compare", "targets", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

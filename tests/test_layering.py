@@ -40,7 +40,8 @@ OWN: dict[str, set[str]] = {
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
 EVERYWHERE = {"json_file"}  # files that may be hostile are read in one way
-COMMAND_LINE = {"cli", "workflow", "describe", "disk_need", "plan", "plan_estimate"}  # may import everything
+COMMAND_LINE = {"cli", "workflow", "describe", "disk_need", "plan", "plan_estimate", "layer_facts", "bundle_facts",
+                "bundle_compare", "describe_tables"}  # may import everything
 
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
@@ -63,8 +64,12 @@ THIRD_PARTY: dict[str, set[str]] = {
     "workflow": set(),
     "disk_need": set(),
     "plan": {"rich"},
+    "layer_facts": {"onnx"},
+    "bundle_facts": set(),
+    "bundle_compare": set(),
+    "describe_tables": {"rich"},
     "plan_estimate": {"torch"},
-    "describe": {"rich", "onnx"},
+    "describe": {"rich"},
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from ecmfq_export import bundle
-from ecmfq_export.describe import describe, print_description
+from ecmfq_export.describe import describe
+from ecmfq_export.describe_tables import print_description
 from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.errors import UserError
 from ecmfq_export.json_file import MAX_BYTES
