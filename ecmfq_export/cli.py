@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("targets", _targets, "list the devices that can be exported for")
     sub.add_argument("--json", action="store_true")
+    sub.add_argument("--markdown", action="store_true", help="every field of every target: what docs/targets.md holds")
 
     sub = command("doctor", _doctor, "what this machine can build and run, and how to install what is missing")
     sub.add_argument("--json", action="store_true")
@@ -377,6 +378,10 @@ def _targets(args: argparse.Namespace) -> int:
 
     if args.json:
         print(json.dumps(target_facts(), indent=2))
+    elif args.markdown:
+        from ecmfq_export.target_reference import reference
+
+        print(reference(), end="")
     else:
         print_targets(_consoles()[0])
     return 0

@@ -105,6 +105,11 @@ class Target:
         return self.engine.kv_cache
 
 
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a field may have, by its dotted name; () where it is not one of a few."""
+    return _CHOICES.get(key, ())
+
+
 def list_targets() -> list[str]:
     """Names of the bundled targets, sorted."""
     return sorted(path.stem for path in _folder().glob("*.toml"))

@@ -41,7 +41,7 @@ OWN: dict[str, set[str]] = {
 }
 EVERYWHERE = {"json_file"}  # files that may be hostile are read in one way
 COMMAND_LINE = {"cli", "workflow", "describe", "disk_need", "plan", "plan_estimate", "layer_facts", "bundle_facts",
-                "bundle_compare", "describe_tables"}  # may import everything
+                "bundle_compare", "describe_tables", "target_reference"}  # may import everything
 
 THIRD_PARTY: dict[str, set[str]] = {
     "errors": set(),
@@ -64,6 +64,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "workflow": set(),
     "disk_need": set(),
     "plan": {"rich"},
+    "target_reference": set(),
     "layer_facts": {"onnx"},
     "bundle_facts": set(),
     "bundle_compare": set(),

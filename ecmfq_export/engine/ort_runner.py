@@ -36,7 +36,7 @@ class OrtRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong comes as an exception, with the same words
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         model = load_graph(Path(path))
@@ -46,7 +46,8 @@ class OrtRunner:
             # Weights lie beside the file, where a graph that comes as bytes does not look by itself.
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent.resolve()))
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"],
+                                                         enable_fallback=0)  # fmt: skip
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this file
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}",
                             "an operator without an implementation: load model.ref.onnx, not model.onnx") from error
