@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
@@ -100,7 +100,7 @@ def load_scales(directory: Path) -> dict[int, LayerScales]:
                 _, index, name = key.split(".")
                 grouped.setdefault(int(index), {})[name] = file.get_tensor(key)
         return {index: LayerScales(**named) for index, named in grouped.items()}
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise BundleError(f"{directory / SCALES} cannot be read: {error}", "run smooth again") from None
 
 
