@@ -205,6 +205,9 @@ def inside(directory: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise BundleError(f"path '{name}' leaves {directory}", "paths in a bundle are relative and stay inside it")
+    if pure.as_posix() != name:
+        raise BundleError(f"path '{name}' of {directory} is not in its plain form '{pure.as_posix()}'",
+                          "paths in a bundle have no '.', '//' or final '/'")
     if len(name) > _MAX_NAME or any(len(part.encode()) > 255 for part in pure.parts):
         raise BundleError(f"path '{name[:80]}...' has {len(name)} characters", "no file system holds such a name")
     path = directory / name

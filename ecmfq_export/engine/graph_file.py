@@ -46,6 +46,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise BuildError(f"{path} cannot be read as ONNX: {error}", _AGAIN) from error
     if not model.HasField("graph") or not model.opset_import:
         raise BuildError(f"{path} cannot be read as ONNX: it has no graph, or says no operator set", _AGAIN)
+    _check_texts(path, model)
     _check_functions(path, model)
     weights = [(tensor, True) for tensor in model.graph.initializer]
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
@@ -69,6 +70,31 @@ def tensor_bytes(data_type: int, shape: Iterable[int], name: str) -> int:
         kind = onnx.TensorProto.DataType.Name(data_type) if known else str(data_type)
         raise BuildError(f"tensor '{name}' is of type {kind}, whose size is not known")
     return -(-math.prod(shape) * BITS[data_type] // 8)
+
+
+def _check_texts(path: Path, model: onnx.ModelProto) -> None:
+    """Every name is UTF-8: protobuf hands out bytes for a name that is not, which nothing here expects."""
+    texts: list[object] = [opset.domain for opset in model.opset_import]
+    for function in model.functions:
+        texts += [function.name, function.domain, *function.input, *function.output]
+    graphs = [model.graph]
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while nodes or graphs:
+        for graph in graphs:
+            for value in (*graph.input, *graph.output, *graph.value_info):
+                texts += [value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim)]
+            for tensor in graph.initializer:
+                texts += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
+        inner: list[onnx.GraphProto] = []
+        for node in nodes:
+            texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+            for attribute in node.attribute:
+                texts += [attribute.name, attribute.ref_attr_name, attribute.t.name]
+                inner += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+        graphs, nodes = inner, [node for graph in inner for node in graph.node]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise BuildError(f"{path} cannot be read as ONNX: the name {str(wrong[0])[:80]} is no UTF-8", _AGAIN)
 
 
 def _check_value(path: Path, value: onnx.ValueInfoProto) -> None:
