@@ -126,8 +126,8 @@ def _check_counts(config: dict[str, Any], file: Path) -> None:
             _check_counts(value, file)
         elif name in _COUNTS and type(value) is int and value > MAX_LAYERS:
             raise CheckpointError(f"{file}: {name} = {value}", f"at most {MAX_LAYERS}")
-        elif type(value) is int and not -(2**31) <= value < 2**31:
-            raise CheckpointError(f"{file}: {name} = {value}", "whole numbers of a config have 32 bits")
+        elif type(value) is int and abs(value) > 2**53:
+            raise CheckpointError(f"{file}: {name} = {value}", "no size is that large")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -103,10 +102,9 @@ class Subject:
 
     @staticmethod
     def _put(path: Path, data: bytes) -> None:
-        # A new file each time: mapped pages of the old one keep what they had.
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        # A new file each time: mapped pages of the old one keep what they had. Not renamed into place, which waits for the disk.
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
 
 
 def run_cases(
