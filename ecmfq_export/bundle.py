@@ -100,14 +100,16 @@ def write_stage(
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
         write_json(key_file, key)
+        (work / MANIFEST).unlink(missing_ok=True)  # of a run that was interrupted just before the end
         yield work, info
-        key_file.unlink()
-        files = {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        # The key stays until the result is in place: hashing a large stage takes long, and a kill must not cost the stage.
+        files = {p.relative_to(work).as_posix(): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file() and p != key_file}
         _sync_tree(work)
         write_json(work / MANIFEST, _manifest_json(stage, config, inputs, files, info))
         if out_dir.exists():
             shutil.rmtree(out_dir)
         work.rename(out_dir)
+        (out_dir / key_file.name).unlink()
         _sync_path(out_dir.parent)
     except OSError as error:
         # Only what a write can meet; a missing input, say, is somebody else's error and keeps its own words.

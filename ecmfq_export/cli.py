@@ -6,9 +6,11 @@ Exit codes: 0 success; 2 an error that the message tells how to fix (or a failed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +30,41 @@ Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint t
 _EXPORT_EXAMPLES = """\
 examples:
   ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
-  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --no-build
+  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --target l4 -o ./bundle        # imports its int4 weights
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --flavour ort -o ./bundle      # for ONNX Runtime alone
 
 A run that was stopped continues where it was: finished stages, and finished decoder layers of 'rotate' and 'quantize', are kept.
+"""
+
+
+_RUN_EXAMPLES = """\
+examples:
+  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"
+  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?" --target l4
+
+The text goes to standard output; time to the first token, tokens a second and memory go to standard error.
+"""
+
+
+_BUILD_EXAMPLES = """\
+examples:
+  ecmfq-export build ./bundle --target l4
+  ecmfq-export build ./bundle --target jetson-orin --trtexec
+
+A target whose engines are built on the device gets, on any other machine, what the device needs: engines/TARGET/build.sh, README.txt
+and the plugin library for its platform.
+"""
+
+
+_IMPORT_NOTES = """\
+example:
+  ecmfq-export import ./Qwen3-VL-30B-A3B-GPTQ-Int4 -o ./work/imported
+  ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --target l4 -o ./bundle     # imports, then goes on
+
+Experts keep their integers; activations become int8 (the checkpoint is W4A16, what runs is W4A8). Zero points, gate and up
+projections in activation order, and groups that are no multiple of 128 are refused for experts. docs/interop.md tells more.
 """
 
 
@@ -55,6 +88,18 @@ tasks:
 
 A reference must have been measured on the same data. Intervals of differences and of what is kept are paired bootstraps over
 questions or images. docs/evaluation.md explains every figure.
+"""
+
+_SERVE_EXAMPLES = """\
+examples:
+  ecmfq-export serve ./bundle                                          # http://127.0.0.1:8000/v1, for this machine only
+  ecmfq-export serve ./bundle --host 0.0.0.0 --api-key-file keys.txt   # for others: one key a line
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "bundle", "messages": [{"role": "user", "content": "Hello"}]}'
+
+POST /v1/chat/completions (streamed or not), GET /v1/models, /health and /metrics. Images come in requests, as data: URIs; nothing
+is fetched. Without a temperature answers are greedy, as those of 'run'. Ctrl-C or SIGTERM ends the server once the answer that is
+being given is complete. A key may also be in the environment variable ECMFQ_API_KEY. docs/serve.md has the rest.
 """
 
 
@@ -99,12 +144,16 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("export", _export, "all stages: checkpoint to validated bundle with engines", _EXPORT_EXAMPLES)
-    sub.add_argument("model", type=Path, help="checkpoint directory (config.json and .safetensors), floating point or quantized")
+    sub.add_argument("model", type=Path, help="checkpoint directory (config.json and .safetensors): floating point, quantized by "
+                     "ecmfq-export, or int4 of GPTQ, AWQ or compressed-tensors")
     sub.add_argument("-o", "--output", type=Path, required=True, help="the bundle's directory")
-    sub.add_argument("--target", required=True, help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--target", help="a name from 'ecmfq-export targets', or a TOML file")
+    sub.add_argument("--flavour", choices=("tensorrt", "ort"), default="tensorrt",
+                     help="tensorrt (default): W4A8 graphs with plugin nodes, and engines for --target; ort: graphs for ONNX Runtime "
+                     "alone, weights int4, activations floating point (W4A16), no target and no engines (docs/interop.md)")
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
-    sub.add_argument("--no-build", action="store_true", help="stop at ONNX; build engines elsewhere with 'build'")
+    sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
     sub.add_argument("--dry-run", action="store_true",
                      help="check everything that can be checked, print stages, bytes, memory, disk and time, and write nothing")
     _quant_arguments(sub)
@@ -118,10 +167,15 @@ def _parser() -> argparse.ArgumentParser:
                      help="directory of the quantized checkpoint; 'calibration', 'smoothing' and 'rotated' are written beside it")
     _quant_arguments(sub)
 
-    sub = command("build", _build, "build engines of a bundle for one more target, or on the device",
-                  "example:\n  ecmfq-export build ./bundle --target l4\n")
+    sub = command("import", _import, "carry a GPTQ, AWQ or compressed-tensors int4 checkpoint over, instead of quantizing", _IMPORT_NOTES)
+    sub.add_argument("model", type=Path, help="checkpoint directory with weight-only int4 weights of a supported model")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="directory of the W4A8 checkpoint")
+    _attention_argument(sub)
+
+    sub = command("build", _build, "build engines of a bundle for one more target, or on the device", _BUILD_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--target", required=True)
+    sub.add_argument("--trtexec", action="store_true", help="build nothing: print the exact lines for TensorRT's own trtexec")
 
     sub = command("validate", _validate, "compare PyTorch, quantized PyTorch and ONNX Runtime; write JSON and HTML",
                   "example:\n  ecmfq-export validate ./bundle --model ./model --evaluate heldout.jsonl\n")
@@ -147,8 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", type=float, default=1.0, metavar="GB", help="for hidden states; beyond it layers are read again")
     sub.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
 
-    sub = command("run", _run, "image and prompt in, text out (ONNX Runtime on the CPU)",
-                  'example:\n  ecmfq-export run ./bundle --image photo.png --prompt "What is on the table?"\n')
+    sub = command("run", _run, "image and prompt in, text out; in ONNX Runtime on the CPU, or with engines on this machine's GPU",
+                  _RUN_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
@@ -157,6 +211,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens whose probabilities reach this sum")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling")
     sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
+    sub.add_argument("--target", help="run this target's engines of the bundle (default: ONNX Runtime)")
+
+    sub = command("serve", _serve, "an OpenAI-compatible chat endpoint with images, over HTTP", _SERVE_EXAMPLES)
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    sub.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    sub.add_argument("--model-name", metavar="NAME", help="what requests call the model (default: the bundle's folder name)")
+    sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that open the API, one a line")
+    sub.add_argument("--no-key", action="store_true", help="let everyone who reaches a non-local --host in")
+    sub.add_argument("--target", metavar="NAME", help="run this target's engines on the GPU, not ONNX Runtime on the CPU")
+    sub.add_argument("--threads", type=int, default=0, help="of ONNX Runtime (0: all cores)")
+    sub.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="to finish an answer in when told to stop (default 30)")
+    _limit_arguments(sub)
 
     sub = command("inspect", _inspect, "describe a bundle, stage, checkpoint, ONNX graph or engine file",
                   "examples:\n  ecmfq-export inspect ./bundle --verify\n  ecmfq-export inspect ./bundle --html bundle.html\n")
@@ -181,6 +248,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _limit_arguments(sub: argparse.ArgumentParser) -> None:
+    """A flag for each field of server.settings.Limits; what is not given keeps the default there."""
+    limits = sub.add_argument_group("limits")
+    for name, kind, text in (
+        ("queue", int, "requests that wait while one is answered; one more gets 429 (default 16)"),
+        ("max-request-bytes", int, "of one request, its images as base64 included (default 20000000)"),
+        ("max-images", int, "of one request (default 8)"),
+        ("max-image-pixels", int, "of one image (default 16000000)"),
+        ("max-prompt-tokens", int, "image tokens included (default: the model's context)"),
+        ("max-new-tokens", int, "that a request may ask for (default: the model's context)"),
+        ("max-connections", int, "open at once; one more gets 503 (default 512)"),
+        ("body-seconds", float, "for a request's body to arrive in (default 60)"),
+    ):
+        limits.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+
+
 def _quant_arguments(sub: argparse.ArgumentParser) -> None:
     import typing
 
@@ -192,12 +275,17 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--method", choices=typing.get_args(Method), metavar="NAME",
                      help=f"one of {', '.join(typing.get_args(Method))} (default ecmfq; rtn needs no data; docs/method.md tells what "
                      "each does, and --set puts another part in the place of the method's)")
-    sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
+    _attention_argument(sub)
     sub.add_argument("--memory", type=float, default=1.0, metavar="GB",
                      help="for activations between layers; what is more lies on disk beside the output (default 1; docs/sizes.md)")
     sub.add_argument("--device", default="cpu", help="what computes: cpu (default), cuda or cuda:N")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them)")
+                     help="any field of QuantConfig or ExportConfig (docs/method.md lists them), e.g. expert_memory_gb=1.5: memory for "
+                     "rounding a layer's experts, beside its weights (default 3)")
+
+
+def _attention_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--attention", choices=("fp16", "w8a8", "w4a8"), help="recipe of the attention projections (default w8a8)")
 
 
 def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
@@ -212,12 +300,19 @@ def _configs(args: argparse.Namespace) -> tuple[QuantConfig, ExportConfig]:
     return build_config(QuantConfig, quant, source), build_config(ExportConfig, export, source)
 
 
-def _resources(args: argparse.Namespace) -> Resources:
+@contextlib.contextmanager
+def _resources(args: argparse.Namespace) -> Iterator[Resources]:
+    """Memory and device that were asked for, and the other processes, if torchrun started some."""
+    from ecmfq_export.stages.ranks import join_ranks, leave_ranks
     from ecmfq_export.stages.resources import Resources, check_device
 
     if not args.memory >= 0:
         raise UserError(f"--memory {args.memory}", "give gigabytes, 0 or more")
-    return Resources(int(args.memory * 1e9), check_device(args.device))
+    ranks, device = join_ranks(args.device)
+    try:
+        yield Resources(int(args.memory * 1e9), check_device(device), ranks)
+    finally:
+        leave_ranks(ranks)
 
 
 def _consoles() -> tuple[Any, Any]:
@@ -234,12 +329,18 @@ def _export(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import export
 
     quant, export_config = _configs(args)
-    resources = _resources(args)
-    target = load_target(args.target)
+    if (args.target is None) != (args.flavour == "ort"):
+        if args.target is None:
+            raise UserError("export needs --target",
+                            "a name from 'ecmfq-export targets', or --flavour ort for graphs for ONNX Runtime alone")
+        raise UserError(f"--target {args.target} with --flavour ort", "graphs for ONNX Runtime alone have no target: leave --target out")
+    target = None if args.target is None else load_target(args.target)
     out, err = _consoles()
     if args.dry_run:
-        return _dry_run(args, target, quant, export_config, resources, out)
-    with RichProgress(err).running() as progress:
+        return _dry_run(args, target, quant, export_config, out)
+    with _resources(args) as resources, RichProgress(err).running() as progress:
+        if not resources.ranks.first:
+            return _help_first_rank(args, quant, resources)
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
                         evaluation=args.evaluate, limit=args.limit, build=not args.no_build, resources=resources)
     print_report(report, out)
@@ -248,15 +349,28 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(args: argparse.Namespace, target: Any, quant: Any, export_config: Any, resources: Any, out: Any) -> int:
+def _dry_run(args: argparse.Namespace, target: Any, quant: QuantConfig, export_config: ExportConfig, out: Any) -> int:
     from ecmfq_export.plan import plan_export, print_plan
 
-    plan = plan_export(args.model, args.data, args.output, target, quant, export_config, evaluation=args.evaluate, limit=args.limit,
-                       build=not args.no_build, resources=resources)
+    with _resources(args) as resources:
+        plan = plan_export(args.model, args.data, args.output, target, quant, export_config, evaluation=args.evaluate,
+                           limit=args.limit, build=not args.no_build, resources=resources)
     print_plan(plan, out)
     for check in plan.failed:
         print(f"ecmfq-export: error: {UserError(check.detail, check.fix)}", file=sys.stderr)
     return 2 if plan.failed else 0
+
+
+def _help_first_rank(args: argparse.Namespace, quant: QuantConfig, resources: Resources) -> int:
+    """What every other rank does of 'quantize' and 'export': its share of the quantized checkpoint, saying nothing."""
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.progress import Silent
+    from ecmfq_export.workflow import Paths, quantize_model
+
+    if open_model(args.model).quantization is None:
+        quantized = args.output if args.run is _quantize else Paths(args.output).quantized
+        quantize_model(args.model, args.data, quantized, quant, Silent(), resources)
+    return 0
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -264,25 +378,44 @@ def _quantize(args: argparse.Namespace) -> int:
     from ecmfq_export.workflow import quantize_model
 
     quant, _ = _configs(args)
-    resources = _resources(args)
     out, err = _consoles()
-    with RichProgress(err).running() as progress:
+    with _resources(args) as resources, RichProgress(err).running() as progress:
+        if not resources.ranks.first:
+            return _help_first_rank(args, quant, resources)
         path = quantize_model(args.model, args.data, args.output, quant, progress, resources)
     out.print(f"quantized checkpoint: {path}", soft_wrap=True)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ecmfq_export.config import QuantConfig
+    from ecmfq_export.console import RichProgress
+    from ecmfq_export.workflow import import_model
+
+    config = QuantConfig() if args.attention is None else QuantConfig(attention=args.attention)
+    out, err = _consoles()
+    with RichProgress(err).running() as progress:
+        path = import_model(args.model, args.output, config, progress)
+    out.print(f"imported checkpoint: {path}", soft_wrap=True)
     return 0
 
 
 def _build(args: argparse.Namespace) -> int:
     from ecmfq_export.console import RichProgress
     from ecmfq_export.target import load_target
-    from ecmfq_export.workflow import Paths, build_engines, seal
+    from ecmfq_export.workflow import Paths, build_engines, seal, trtexec_lines
 
     target = load_target(args.target)
     out, err = _consoles()
+    if args.trtexec:
+        for part, line in trtexec_lines(args.bundle, target).items():
+            print(f"# {part}, in engines/{target.name}\n{line}")
+        return 0
     with RichProgress(err).running() as progress:
         path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False))
-    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": True})
-    out.print(f"engines: {path}", soft_wrap=True)
+    built = path in Paths(args.bundle).engine_folders("build")
+    seal(Paths(args.bundle), {"target": target.name}, {"engines_built": built})
+    out.print(f"engines: {path}" if built else f"for the device to build its engines: {path}", soft_wrap=True)
     return 0
 
 
@@ -321,14 +454,43 @@ def _words(text: str | None) -> tuple[str, ...] | None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ecmfq_export.runtime.figures import figures
     from ecmfq_export.runtime.generate import Sampling
+    from ecmfq_export.target import load_target
     from ecmfq_export.workflow import open_generator
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    generator = open_generator(args.bundle, args.threads)
-    generator.generate(args.prompt, args.image, max_new_tokens=args.max_new_tokens, sampling=sampling,
-                       on_token=lambda text: print(text, end="", flush=True))
-    print()
+    generator = open_generator(args.bundle, args.threads, load_target(args.target) if args.target else None)
+    sample = generator.processor.sample(args.prompt, args.image)
+    (generation,) = generator.generate_batch([sample], args.max_new_tokens, lambda _, text: print(text, end="", flush=True), sampling)
+    print(flush=True)
+    print(figures(generation, generator.session), file=sys.stderr)
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import dataclasses
+    import logging
+
+    try:
+        from ecmfq_export.server.serve import serve
+        from ecmfq_export.server.settings import Limits, Settings, read_keys
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs the package {error.name}", "pip install 'ecmfq-export[serve]'") from None
+    from ecmfq_export.target import load_target
+    from ecmfq_export.workflow import Paths, open_generator
+
+    given = {field.name: value for field in dataclasses.fields(Limits) if (value := getattr(args, field.name)) is not None}
+    name = args.model_name or args.bundle.resolve().name
+    settings = Settings(name, args.host, args.port, read_keys(args.api_key_file), args.no_key, args.grace, Limits(**given))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("ecmfq_export.server").setLevel(logging.DEBUG if getattr(args, "verbose", False) else logging.INFO)
+    manifest = Paths(args.bundle).onnx / "manifest.json"
+    created = int(manifest.stat().st_mtime) if manifest.is_file() else 0
+    key = "with an API key" if settings.keys else "without an API key"
+    target = load_target(args.target) if args.target else None
+    serve(lambda: open_generator(args.bundle, args.threads, target), settings,
+          lambda url: print(f"serving {name} at {url}/v1 {key}; Ctrl-C stops", flush=True), created)
     return 0
 
 

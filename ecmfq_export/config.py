@@ -25,7 +25,7 @@ Method = Literal[
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How to quantize. Routed and shared experts are always W4A8; METHOD names in parentheses.
+    """How to quantize. Routed and shared experts are W4A8; METHOD names in parentheses.
 
     A method is a row of parts (``stages/methods.py``). A part's setting is ``method``, or -1 where it is a number, to take what
     the method says, and any other value to put another part in its place.
@@ -34,6 +34,8 @@ class QuantConfig:
         method: ``ecmfq`` is the whole method; ``rtn`` rounds to nearest without smoothing or calibration; the others are
             published methods, see docs/method.md.
         attention: recipe of q, k, v and o projections.
+        expert_bits: 4; 3 and 2 round the experts' weights on a coarser grid that is stored as int4 all the same, to compare methods
+            where differences are larger: no fewer bytes, no faster kernels.
         lm_head: recipe of the output projection.
         group_size: -1, one scale an output channel; 128, plus int8 group multipliers.
         num_samples: calibration samples that are picked from the pool (K).
@@ -59,10 +61,13 @@ class QuantConfig:
         rotate_values: whether values are rotated within attention heads too; needs `rotate`.
         holdout_fraction: fraction of the selected samples kept out of every search, for its gate, where the method has one.
         seed: of every random choice.
+        expert_memory_gb: memory in GB (1e9 bytes) for rounding a layer's experts, beside the weights and the activations: as many
+            experts' Hessians as fit are built and used at a time. It changes time only, no result, and no stage is run again for it.
     """
 
     method: Method = "ecmfq"
     attention: LinearRecipe = "w8a8"
+    expert_bits: Literal[4, 3, 2] = 4
     lm_head: Literal["fp16", "w8a8"] = "fp16"
     group_size: Literal[-1, 128] = -1
     num_samples: int = 128
@@ -86,6 +91,7 @@ class QuantConfig:
     rotate_values: bool = False
     holdout_fraction: float = 0.25
     seed: int = 0
+    expert_memory_gb: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
             "shrinkage_kappa": config.shrinkage_kappa >= 0.0 or config.shrinkage_kappa == -1.0,
             "holdout_fraction": 0.0 < config.holdout_fraction < 1.0,
             "seed": config.seed >= 0,
+            "expert_memory_gb": 0.0 < config.expert_memory_gb < float("inf"),
         }
     else:
         checks = {

@@ -67,11 +67,12 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     from ecmfq_export.models.moe_vlm import open_model
 
     model = open_model(path)
-    recipes = Counter(model.recipe(name) for name in model.names())
+    recipes = Counter("w4a16" if model.recipe(name) == "float" and model.has_int4(name) else model.recipe(name) for name in model.names())
     layers, outside = model_layers(model)
     return {"kind": "checkpoint", "path": str(path), "spec": dataclasses.asdict(model.spec), "tensors": len(model.names()),
-            "recipes": dict(recipes), "quantized": model.quantization is not None, "layer_bytes": layers,
-            "bytes outside of layers": outside}
+            "recipes": dict(recipes), "quantized": model.quantization is not None or model.weight_only is not None,
+            "weight_only": dataclasses.asdict(model.weight_only) if model.weight_only is not None else None,
+            "not run": model.unused_parts(), "layer_bytes": layers, "bytes outside of layers": outside}
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:

@@ -111,14 +111,25 @@ def quantize_needs(model: MoEVLM, config: QuantConfig, prompts: Prompts | None, 
         scratch = spilled(chosen * prompts.tokens, hidden * (5 + 2 * kinds) + 2 * context + inputs)
         states = int(2 * 2 * hidden * _PADDING * chosen * prompts.tokens)
     quantized = sum(stored_bytes(model, name, config, rotated) for name in model.names())
+    # What is not run is copied, but for a rotated model.
+    quantized += 0 if rotated else sum(model.checkpoint.entry(name).num_bytes for name in model.unused)
     needs.append(StageNeed("quantize", out_dir, quantized, scratch + states))
     return needs
 
 
-def export_needs(model: MoEVLM, config: QuantConfig, target: Target, root: Path, build: bool) -> list[StageNeed]:
-    """Graphs and engines of a bundle at `root`; `config` tells what is quantized where the model is not yet."""
+def import_needs(model: MoEVLM, config: QuantConfig, out_dir: Path) -> list[StageNeed]:
+    """The stage that carries another quantizer's checkpoint over into `out_dir`."""
+    return [StageNeed("import", out_dir, sum(stored_bytes(model, name, config, False) for name in model.names()))]
+
+
+def export_needs(model: MoEVLM, config: QuantConfig, target: Target | None, root: Path, build: bool) -> list[StageNeed]:
+    """Graphs and engines of a bundle at `root`; `config` tells what is quantized where the model is not yet.
+
+    Args:
+        target: None for graphs for ONNX Runtime alone.
+    """
     experts = other = vision = 0
-    width = 2 if target.dtype == "float16" else 4
+    width = 2 if target is not None and target.dtype == "float16" else 4
     for name in model.names():
         bits = _bits(model, name, config)
         size = width * math.prod(model.shape(name)) if bits is None else _integer_bytes(model.shape(name), bits, config.group_size)
@@ -131,9 +142,9 @@ def export_needs(model: MoEVLM, config: QuantConfig, target: Target, root: Path,
         else:
             other += size
     embeddings = width * math.prod(model.shape("embed_tokens.weight"))
-    layouts = 1 if target.kernel.weight_layout == "row_major" else 2
+    layouts = 1 if target is None or target.kernel.weight_layout == "row_major" else 2
     needs = [StageNeed("export graphs", root / "onnx", layouts * experts + other + vision + embeddings + _SMALL)]
-    if build:
+    if build and target is not None:
         needs.append(StageNeed("build engines", root / "engines" / target.name, experts + other + vision + _SMALL))
     return [*needs, StageNeed("validate", root / "report", _SMALL)]
 

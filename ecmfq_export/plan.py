@@ -80,15 +80,17 @@ class Plan:
 
 
 def plan_export(
-    model_dir: Path, data: Path | None, output: Path, target: Target, quant: QuantConfig, export_config: ExportConfig, *,
+    model_dir: Path, data: Path | None, output: Path, target: Target | None, quant: QuantConfig, export_config: ExportConfig, *,
     evaluation: Path | None = None, limit: int = 0, build: bool = True, resources: Resources = DEFAULT,
 ) -> Plan:  # fmt: skip
     """The plan of ``workflow.export`` with the same arguments. Problems are in ``Plan.failed``, all of them at once."""
+    from ecmfq_export.engine.bundle_engines import builds_here
     from ecmfq_export.models.moe_vlm import open_model
-    from ecmfq_export.workflow import Paths, is_this_device
+    from ecmfq_export.workflow import Paths
 
     plan, paths = Plan(), Paths(output)
-    plan.look("target", lambda: (target, f"{target.name}: {target.description}"))
+    said = "ONNX Runtime alone, without engines" if target is None else f"{target.name}: {target.description}"
+    plan.checks.append(Check("target", True, said))
 
     def opened() -> tuple[Any, str]:
         model = open_model(model_dir)
@@ -102,29 +104,32 @@ def plan_export(
     if evaluation is not None:
         plan.look("evaluation", lambda: _evaluation(evaluation, limit))
     plan.look("output", lambda: _writable(output))
-    here = build and (target.engine.build == "host-aot" or is_this_device(target))
-    if here:
+    here = build and target is not None and builds_here(target)
+    if build and target is not None:
         plan.look("plugin library", lambda: _library(target))
-        plan.look("engine builder", lambda: _builder(target))
-    elif build:
-        plan.checks.append(Check("engine builder", True, f"engines for {target.name} are built on the device: "
-                                 f"ecmfq-export build {output} --target {target.name}"))
+        if here:
+            plan.look("engine builder", lambda: _builder(target))
+        else:
+            plan.checks.append(Check("engine builder", True, f"the bundle carries what {target.name} needs to build its engines itself"))
     if model is None:
         return plan
     sizes = plan.look("settings", lambda: _settings(model, quant, export_config, target, data))
     prompts = None
-    if model.quantization is None and data is not None and _needs_data(quant):
+    floating = model.quantization is None and model.weight_only is None
+    if floating and data is not None and _needs_data(quant):
         prompts = plan.look("data", lambda: _pool(model_dir, data))
         if prompts is None:
             return plan
     needs = disk_need.export_needs(model, quant, target, output, here)
-    if model.quantization is None:
+    if model.weight_only is not None and target is not None:
+        needs = [*disk_need.import_needs(model, quant, paths.quantized), *needs]
+    if floating:
         needs = [*disk_need.quantize_needs(model, quant, prompts, paths.quantized, resources.activation_bytes), *needs]
     plan.look("disk", lambda: _disk(needs, output))
-    if sizes is not None:
+    if sizes is not None and target is not None:
         plan.look("device memory", lambda: _device_memory(model, quant, sizes, target, output))
     plan.rates = measure_rates(model)
-    loads = quantize_loads(model, quant, prompts, resources.activation_bytes) if model.quantization is None else {}
+    loads = quantize_loads(model, quant, prompts, resources.activation_bytes) if floating else {}
     plan.stages = _stages(model, needs, loads, plan.rates)
     return plan
 
@@ -140,15 +145,18 @@ def _stages(model: Any, needs: list[disk_need.StageNeed], loads: dict[str, Load]
         read, count = source, layers
         if need.name in ("smooth", "quantize") and "rotate" in results:
             read = results["rotate"]
+        elif need.name == "import":
+            memory, basis = rates.process + layer, "every weight read, and its integers written in another form"
         elif need.name == "export graphs":
-            read, memory, basis = results.get("quantize", source), rates.process + layer, "every weight read, and written as graphs need it"
+            read = results.get("quantize", results.get("import", source))
+            memory, basis = rates.process + layer, "every weight read, and written as graphs need it"
         elif need.name == "build engines":
             read, count, basis = results["export graphs"], 0, "by TensorRT; not known before"
         elif need.name == "validate":
-            read = source + results.get("quantize", 0) + results["export graphs"]
+            read = source + results.get("quantize", results.get("import", 0)) + results["export graphs"]
             memory, basis = rates.process + 2 * layer + results["export graphs"], "three models over the evaluation's prompts; not counted"
         moved = (read + need.result) / rates.read
-        seconds = moved + load.flops / rates.flops if load is not None else moved if need.name == "export graphs" else None
+        seconds = moved + load.flops / rates.flops if load is not None else moved if need.name in ("export graphs", "import") else None
         rows.append(StagePlan(need.name, _state(need.directory), count, read, need.result, memory, need.scratch, seconds, basis))
     return rows
 
@@ -195,10 +203,17 @@ def _writable(output: Path) -> tuple[Path, str]:
 
 
 def _library(target: Target) -> tuple[Any, str]:
-    from ecmfq_export.engine.build import library_for
-    from ecmfq_export.engine.plugin_library import find_plugin_library
+    from ecmfq_export.engine.cross_compile import cross_tools, library_for
+    from ecmfq_export.engine.plugin_library import host_platform
 
-    library = library_for(find_plugin_library(), target)
+    if target.platform != host_platform():
+        # Compiling it is work; what it takes is looked for.
+        missing = [tool for tool in cross_tools(target.platform) if not tool.path]
+        if missing:
+            raise UserError(f"the plugin library for {target.platform} cannot be compiled here: {missing[0].name} is missing, which "
+                            f"{missing[0].purpose}", f"{missing[0].install}, or pass --no-build")
+        return None, f"is compiled for {target.platform} on this machine when the run starts"
+    library = library_for(target)
     return library, f"{library.path}, kernels for SM {', '.join(map(str, library.compute_capabilities))}"
 
 
@@ -209,7 +224,7 @@ def _builder(target: Target) -> tuple[Any, str]:
     return module, f"{target.engine.runtime} {module.__version__}"
 
 
-def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Target, data: Path | None) -> tuple[Any, str]:
+def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Target | None, data: Path | None) -> tuple[Any, str]:
     from ecmfq_export.graph.pipeline import require_plain_inputs, resolve_sizes
     from ecmfq_export.workflow import require_quantizable
 
@@ -218,6 +233,8 @@ def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Targ
     graphs = f"graphs for {sizes.max_seq_len} tokens, batch {sizes.max_batch}, {sizes.max_image_patches} image patches"
     if model.quantization is not None:
         return sizes, f"{graphs}; the checkpoint is quantized already"
+    if model.weight_only is not None:
+        return sizes, f"{graphs}; {model.weight_only.method} weights keep their integers"
     require_quantizable(model, quant, data, exported=True)
     return sizes, f"method {quant.method}, experts w4a8, attention {quant.attention}; {graphs}"
 

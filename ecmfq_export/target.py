@@ -25,7 +25,8 @@ _CHOICES = {
     "engine.runtime": ("tensorrt_rtx", "tensorrt"),
     "engine.build": ("host-aot", "on-device"),
     "engine.attention": ("onnx24", "decomposed"),
-    "engine.kv_cache": ("static",),
+    "engine.kv_cache": ("in_place", "copy"),
+    "engine.plugin": ("embedded", "beside"),
     "engine.dtype": ("float16", "bfloat16"),
     "kernel.weight_layout": ("row_major", "mma_s8"),
 }
@@ -43,7 +44,11 @@ class EngineSpec:
         build: ``host-aot`` (any machine, no GPU) or ``on-device`` (on the target GPU itself).
         min_version, max_version: versions of the runtime, inclusive; ``max_version`` is a prefix ("11" admits 11.4).
         attention: ``onnx24`` (Attention and TensorScatter of opset 24) or ``decomposed`` (standard ops of older parsers).
-        kv_cache: ``static``: buffers of full length, updated in place.
+        kv_cache: how buffers of full length take new keys and values: ``in_place`` (TensorScatter: past and present are one buffer) or
+            ``copy`` (ScatterElements, where the parser has no TensorScatter: two buffers that change places with every call).
+        plugin: where the plugin library is: ``embedded`` in the engine, or a file ``beside`` it that a runtime loads first.
+        timing_cache: whether the builder keeps measured times of tactics in a file, so that a second build is faster.
+        decode_profile: whether the decoder's engine has a second profile, tuned for one token a sequence.
         dtype: of activations and of everything that is not quantized.
     """
 
@@ -53,14 +58,25 @@ class EngineSpec:
     max_version: str
     attention: str
     kv_cache: str
+    plugin: str
+    timing_cache: bool
+    decode_profile: bool
     dtype: str
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What the plugin's kernels expect: the layout of int4 weights, and shared memory a block may opt into, in bytes."""
+    """What the plugin's kernels expect.
+
+    Attributes:
+        weight_layout: of int4 weights.
+        cuda: the oldest CUDA version (as the driver reports it) of the systems that the target admits, e.g. ``12.6`` for JetPack 6. A
+            library compiled with a newer major version does not run there.
+        max_smem_per_block: shared memory that a block may opt into, in bytes.
+    """
 
     weight_layout: str
+    cuda: str
     max_smem_per_block: int
 
 
@@ -195,6 +211,13 @@ def _check(target: Target, path: Path) -> None:
     if (target.engine.runtime == "tensorrt_rtx") != (target.engine.build == "host-aot"):
         raise UserError(f"{path}: runtime '{target.engine.runtime}' with build '{target.engine.build}'",
                         "tensorrt_rtx builds host-aot, tensorrt builds on-device")
+    if target.engine.runtime == "tensorrt_rtx" and (target.engine.decode_profile or target.engine.timing_cache):
+        raise UserError(f"{path}: decode_profile or timing_cache with runtime 'tensorrt_rtx'",
+                        "TensorRT-RTX compiles for the shapes it meets on the device and measures nothing while building: false for both")
+    _version(target.kernel.cuda, path)
+    if (target.engine.attention == "onnx24") != (target.engine.kv_cache == "in_place"):
+        raise UserError(f"{path}: attention '{target.engine.attention}' with kv_cache '{target.engine.kv_cache}'",
+                        "TensorScatter, which updates in place, is part of 'onnx24'; 'decomposed' graphs take 'copy'")
     if target.engine.attention == "onnx24" and target.engine.runtime == "tensorrt":
         if _version(target.engine.min_version, path) < (10, 15):
             raise UserError(f"{path}: attention 'onnx24' with min_version {target.engine.min_version}",

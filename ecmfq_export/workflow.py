@@ -6,7 +6,8 @@ settings have not changed is skipped, an interrupted one continues where it can.
 The bundle::
 
     OUT/onnx/              decoder/model.onnx, vision/model.onnx, weights, tokenizer, runtime.json
-    OUT/engines/<target>/  decoder.engine, vision.engine, the plugin library, build logs
+    OUT/engines/<target>/  decoder.engine, vision.engine, the plugin library, build logs; for a device that builds its own engines
+                           the plugin library, build.sh and README.txt
     OUT/report/            report.json, report.html
     OUT/stages/            rotated, calibration, smoothing, quantized: what the bundle was made from; not needed on the device
     OUT/manifest.json      sha256 of every file outside stages/
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig, QuantConfig
-from ecmfq_export.errors import BuildError, UserError
+from ecmfq_export.errors import BundleError, UserError
 from ecmfq_export.file_hashes import remembered
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
@@ -71,9 +72,11 @@ class Paths:
     def engines(self, target: Target) -> Path:
         return self.root / "engines" / target.name
 
-    def finished_engines(self) -> list[Path]:
-        """Engine directories that a build has completed, in the order of their names."""
-        return sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
+    def engine_folders(self, *stages: str) -> list[Path]:
+        """Finished directories under ``engines`` in the order of their names: of stage ``build`` (engines) or ``device`` (what a
+        device needs to build its own); of both where none is named."""
+        found = sorted(path.parent for path in (self.root / "engines").glob(f"*/{bundle.MANIFEST}"))
+        return [path for path in found if bundle.read_manifest(path).stage in (stages or ("build", "device"))]
 
 
 def require_quantizable(model: MoEVLM, config: QuantConfig, data: Path | None, exported: bool = False) -> None:
@@ -107,6 +110,7 @@ def quantize_model(
     """Rotate, calibrate, smooth and quantize into `out_dir`; the stages before lie beside it.
 
     What is rotated is quantized in its own basis: every later stage reads the rotated checkpoint, whose function is the original's.
+    Where several processes take part (``resources.ranks``), calibrate and quantize are shared out and rank 0 does the rest.
 
     Raises:
         UserError: the model is unsupported or damaged, calibration data are needed and missing, or too little disk is free.
@@ -120,14 +124,22 @@ def quantize_model(
     resources = resources or DEFAULT
     model = open_model(model_dir)
     require_quantizable(model, config, data)
-    parts = resolve(config)
-    prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
-    disk_need.check_space(disk_need.quantize_needs(model, config, prompts, out_dir, resources.activation_bytes), out_dir)
+    if model.weight_only is not None:
+        progress.note(f"{model_dir} holds {model.weight_only.method} int4 weights: their dequantized values are rounded anew "
+                      "('import' and 'export' keep the integers)")
+    parts, ranks = resolve(config), resources.ranks
+
+    def check_disk() -> None:
+        prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
+        disk_need.check_space(disk_need.quantize_needs(model, config, prompts, out_dir, resources.activation_bytes), out_dir)
+
+    ranks.from_first(check_disk)
     with remembered(out_dir.with_name(HASHES)):
         if parts.rotate != "none":
             from ecmfq_export.stages.rotate import rotate
 
-            model_dir = rotate(model_dir, out_dir.with_name("rotated"), config, progress)
+            ranks.from_first(lambda: str(rotate(model_dir, out_dir.with_name("rotated"), config, progress)))
+            model_dir = out_dir.with_name("rotated")
         calibration = smoothing = None
         if parts.needs_data and data is not None:
             from ecmfq_export.stages.calibrate import calibrate
@@ -136,15 +148,30 @@ def quantize_model(
             if parts.smoothing != "none":
                 from ecmfq_export.stages.smooth import smooth
 
-                smoothing = smooth(model_dir, calibration, out_dir.with_name("smoothing"), config, progress, resources)
+                smoothing = out_dir.with_name("smoothing")
+                ranks.from_first(lambda: str(smooth(model_dir, calibration, smoothing, config, progress, resources)))
         return quantize(model_dir, calibration, smoothing, out_dir, config, progress, resources)
+
+
+def import_model(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progress) -> Path:
+    """Carry another quantizer's int4 checkpoint (GPTQ, AWQ, compressed-tensors) over into `out_dir`, in the place of quantizing.
+
+    Raises:
+        UserError: it is none, holds what the integer kernels cannot, by name, or too little disk is free.
+    """
+    from ecmfq_export import disk_need
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.stages.import_quantized import import_quantized
+
+    disk_need.check_space(disk_need.import_needs(open_model(model_dir), config, out_dir), out_dir)
+    return import_quantized(model_dir, out_dir, config, progress)
 
 
 def export(
     model_dir: Path,
     data: Path | None,
     output: Path,
-    target: Target,
+    target: Target | None,
     quant: QuantConfig,
     export_config: ExportConfig,
     progress: Progress,
@@ -156,7 +183,11 @@ def export(
 ) -> dict[str, Any]:
     """Every stage from a floating-point or quantized checkpoint to a validated bundle.
 
+    Another quantizer's int4 checkpoint is imported where a floating-point one is quantized.
+
     Args:
+        target: what engines are built for; None for ONNX Runtime alone, with weights alone quantized (W4A16). Another quantizer's
+            checkpoint is then taken as it is.
         evaluation: held-out questions (JSONL) for the report; None compares logits only.
         limit: at most so many evaluation items; 0 takes all.
         build: whether to build engines (where the target builds them on this machine).
@@ -169,6 +200,8 @@ def export(
         UserError: any input, machine or validation problem, before a later stage is started; too little disk, before the first one.
     """
     from ecmfq_export import disk_need
+    from ecmfq_export.engine.bundle_engines import builds_here
+    from ecmfq_export.engine.cross_compile import library_for
     from ecmfq_export.graph.pipeline import export_onnx, require_plain_inputs, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
@@ -181,126 +214,110 @@ def export(
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
     require_plain_inputs(model)
-    if model.quantization is None:
+    if model.quantization is None and model.weight_only is None:
         require_quantizable(model, quant, data, exported=True)
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
-    if build and target.engine.build == "on-device" and not is_this_device(target):
-        progress.note(f"engines for {target.name} are built on the device: copy the bundle there and run "
-                      f"'ecmfq-export build BUNDLE --target {target.name}'")
-        build = False
-    needs = disk_need.export_needs(model, quant, target, output, build)
-    if model.quantization is None:
+    build = build and target is not None
+    if build and target is not None:
+        library_for(target, progress.note)
+    needs = disk_need.export_needs(model, quant, target, output, build and target is not None and builds_here(target))
+    if model.weight_only is not None and target is not None:
+        needs = disk_need.import_needs(model, quant, paths.quantized) + needs
+    if model.quantization is None and model.weight_only is None:
         parts, activation_bytes = resolve(quant), (resources or DEFAULT).activation_bytes
         prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
         needs = disk_need.quantize_needs(model, quant, prompts, paths.quantized, activation_bytes) + needs
     disk_need.check_space(needs, output)
     with remembered(paths.root / "stages" / HASHES):
-        if model.quantization is None:
+        if model.weight_only is not None and target is None:
+            progress.note(f"the {model.weight_only.method} weights are taken as they are: activations stay in floating point (W4A16)")
+        elif model.weight_only is not None:
+            quantized = import_model(model_dir, paths.quantized, quant, progress)
+        elif model.quantization is None:
             quantized = quantize_model(model_dir, data, paths.quantized, quant, progress, resources)
         else:
             progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
         export_onnx(quantized, paths.onnx, target, export_config, progress)
         drop_stale_engines(paths, progress)
-        engines = build_engines(output, target, progress) if build else None
+        folder = build_engines(output, target, progress) if build and target is not None else None
+        engines = folder if folder is not None and folder in paths.engine_folders("build") else None
         report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                           engines_dir=engines)
-    seal(paths, {"target": target.name}, {"engines_built": engines is not None})
+    seal(paths, {"target": target.name} if target is not None else {"flavour": "ort"}, {"engines_built": engines is not None})
     return report
 
 
 def seal(paths: Paths, config: dict[str, Any], info: dict[str, Any]) -> None:
     """Write the bundle's own manifest over its finished parts."""
-    parts = ["onnx", "report", *(f"engines/{path.name}" for path in paths.finished_engines())]
+    parts = ["onnx", "report", *(f"engines/{path.name}" for path in paths.engine_folders())]
     bundle.write_bundle_manifest(paths.root, parts, config, info)
 
 
 def drop_stale_engines(paths: Paths, progress: Progress) -> None:
     """Delete engines that were built from other graphs than the bundle holds now: they would answer for another model."""
     graphs = bundle.fingerprint(paths.onnx)
-    for directory in paths.finished_engines():
-        if bundle.read_manifest(directory, "build").inputs.get("onnx") != graphs:
+    for directory in paths.engine_folders():
+        if bundle.read_manifest(directory).inputs.get("onnx") != graphs:
             progress.note(f"{directory} was built from other graphs and is deleted")
             shutil.rmtree(directory)
 
 
-def is_this_device(target: Target) -> bool:
-    """Whether this machine's GPU is the target's."""
-    from ecmfq_export.engine.device import current_device
-
-    device = current_device()
-    return device is not None and device.compute_capability in target.compute_capabilities
-
-
 def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verbose: bool = False) -> Path:
-    """Build the decoder's and the vision tower's engine of a bundle, and put the plugin library beside them.
+    """Engines of a bundle, or what a device needs to build them: :func:`ecmfq_export.engine.bundle_engines.build_engines`."""
+    from ecmfq_export.engine.bundle_engines import build_engines as build
+
+    paths = Paths(bundle_root)
+    return build(paths.onnx, paths.engines(target), target, progress, verbose=verbose)
+
+
+def trtexec_lines(bundle_root: Path, target: Target) -> dict[str, str]:
+    """Part to the exact trtexec line that builds its engine, to be run in the bundle's ``engines/<target>``."""
+    from ecmfq_export.engine.bundle_engines import engine_parts
+    from ecmfq_export.engine.device_kit import arguments_of
+    from ecmfq_export.engine.trtexec import trtexec_line
+
+    parts, _ = engine_parts(Paths(bundle_root).onnx, target)
+    return {name: trtexec_line(arguments) for name, arguments in arguments_of(parts, target).items()}
+
+
+def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = None) -> Generator:
+    """The bundle's model, ready to answer; every file's hash is checked first.
+
+    Args:
+        threads: of ONNX Runtime (0: all cores).
+        target: run its engines on this machine's GPU; None: the graphs in ONNX Runtime on the CPU.
 
     Raises:
-        BuildError: this machine cannot build for the target, a build failed, or the engine that came out does not hold one
-            plugin node for each routed MoE layer.
-    """
-    from ecmfq_export.engine.build import build_engine
-    from ecmfq_export.engine.engine_file import expect_plugin_nodes
-    from ecmfq_export.engine.plugin_library import ABI_VERSION, find_plugin_library, read_plugin_library
-    from ecmfq_export.engine.profiles import profile_shapes
-
-    onnx_dir = Paths(bundle_root).onnx
-    manifest = bundle.open_stage(onnx_dir, "onnx")
-    ranges, num_plugin_nodes = onnx_facts(manifest, onnx_dir)
-    for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
-        if manifest.config.get(key) != wanted:
-            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config.get(key)}, target {target.name} needs {wanted}",
-                             f"export again with --target {target.name} (into another bundle to keep both)")
-    out_dir = Paths(bundle_root).engines(target)
-    library = find_plugin_library()
-    config = {"target": dataclasses.asdict(target), "ranges": manifest.info["dim_ranges"]}
-    inputs = {"onnx": bundle.fingerprint(onnx_dir), "plugin_library": bundle.sha256_file(library)}
-    if bundle.is_current(out_dir, "build", config, inputs):
-        progress.note(f"{out_dir}: up to date")
-        return out_dir
-    with bundle.write_stage(out_dir, "build", config, inputs) as (work, info):
-        info["plugin_abi"] = ABI_VERSION
-        if read_plugin_library(library).platform == target.platform:
-            shutil.copyfile(library, work / library.name)
-        else:
-            progress.note(f"{target.name} is a {target.platform} device: install ecmfq_export there for its plugin library")
-        for part in progress.track(("decoder", "vision"), f"build engines for {target.name}"):
-            graph = onnx_dir / part / "model.onnx"
-            engine = build_engine(graph, target, work / f"{part}.engine", profiles=profile_shapes(graph, ranges),
-                                  plugin_library=library, log_path=work / f"{part}.build.log", verbose=verbose)
-            expect_plugin_nodes(engine, num_plugin_nodes if part == "decoder" else 0)
-            info[part] = dataclasses.asdict(engine)
-    return out_dir
-
-
-def onnx_facts(manifest: bundle.Manifest, onnx_dir: Path) -> tuple[dict[str, tuple[int, int, int]], int]:
-    """What building engines takes from the manifest of the graphs: ranges of the symbolic dimensions, and how many plugin nodes.
-
-    Raises:
-        BundleError: a fact that is missing or of another form.
-    """
-    ranges, nodes = manifest.info.get("dim_ranges"), manifest.info.get("num_plugin_nodes")
-    if not isinstance(ranges, dict) or not ranges or type(nodes) is not int or not 0 <= nodes < 2**20 or any(
-        not isinstance(values, list) or len(values) != 3 or any(type(value) is not int or not 1 <= value < 2**31 for value in values)
-        for values in ranges.values()
-    ):
-        raise bundle.BundleError(f"{onnx_dir / bundle.MANIFEST}: dim_ranges or num_plugin_nodes is missing or wrong", "export again")
-    return {name: (values[0], values[1], values[2]) for name, values in ranges.items()}, nodes
-
-
-def open_generator(bundle_root: Path, threads: int = 0) -> Generator:
-    """The bundle's model in ONNX Runtime, ready to answer; every file's hash is checked first.
-
-    Raises:
-        BundleError: no bundle, or a file that is missing or changed.
+        BundleError: no bundle, a file that is missing or changed, or no engines for the target.
+        BuildError: this machine's GPU is not the target's.
     """
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.runtime.generate import Generator
     from ecmfq_export.runtime.runtime_file import verify_export
 
-    onnx_dir = Paths(bundle_root).onnx
-    verify_export(onnx_dir)
-    return Generator(onnx_dir, lambda path: OrtRunner(path, threads=threads))
+    paths = Paths(bundle_root)
+    verify_export(paths.onnx)
+    if target is None:
+        return Generator(paths.onnx, lambda path: OrtRunner(path, threads=threads))
+    from ecmfq_export.engine.device import current_device
+    from ecmfq_export.engine.engine_directory import check_runs_here, open_engines
+    from ecmfq_export.engine.trt_module import load_module
+    from ecmfq_export.engine.trt_runner import TrtRunner
+
+    folder = paths.engines(target)
+    for engine in (folder / "decoder.engine", folder / "vision.engine"):
+        if not engine.is_file():
+            raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
+    records = open_engines(folder)
+    manifest = bundle.read_manifest(folder)
+    if manifest.inputs.get("onnx") != bundle.fingerprint(paths.onnx):
+        raise BundleError(f"{folder} was built from other graphs than the bundle holds",
+                          f"build it again: ecmfq-export build {bundle_root} --target {target.name}")
+    version, device = load_module(target.engine).__version__, current_device()
+    for record in records.values():
+        check_runs_here(record, version, device)
+    return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 
 def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:
@@ -314,7 +331,7 @@ def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limi
     paths = Paths(bundle_root)
     manifest = bundle.read_manifest(bundle_root, "bundle")
     bundle.verify(bundle_root, manifest, [name for name in manifest.files if not name.startswith("report/")])
-    engines = paths.finished_engines()
+    engines = paths.engine_folders("build")
     quantized = paths.quantized if paths.quantized.is_dir() else model_dir
     if bundle.fingerprint(quantized) != bundle.read_manifest(paths.onnx, "onnx").inputs.get("model"):
         raise UserError(f"{bundle_root} was not exported from {quantized}",

@@ -88,8 +88,18 @@ def _kept_library(config_settings: Any) -> Path:
     return _LIBRARIES / digest.hexdigest()[:20] / Path(_IN_WHEEL).name
 
 
+def _given_library(config_settings: Any) -> str:
+    """A compiled library that the user names (one that a bundle carries): then nothing is compiled."""
+    return str((config_settings or {}).get("cmake.define.ECMFQ_LIBRARY", ""))
+
+
 def _build_with(hook: Callable[[Any], str], directory: str, config_settings: Any) -> str:
     """Run a hook of scikit-build-core with the kept library, or keep the one that it compiles."""
+    given = _given_library(config_settings)
+    if given:
+        if not Path(given).is_file():
+            raise SystemExit(f"no plugin library at {given}")
+        return hook({**config_settings, "cmake.define.ECMFQ_LIBRARY": str(Path(given).resolve())})
     _use_compiler()
     kept = _kept_library(config_settings)
     if kept.is_file():
@@ -107,12 +117,12 @@ def _build_with(hook: Callable[[Any], str], directory: str, config_settings: Any
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     requires = _build.get_requires_for_build_wheel(config_settings)
-    return requires + ([] if _installed_nvcc() else _COMPILER)
+    return requires + ([] if _installed_nvcc() or _given_library(config_settings) else _COMPILER)
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     requires = _build.get_requires_for_build_editable(config_settings)
-    return requires + ([] if _installed_nvcc() else _COMPILER)
+    return requires + ([] if _installed_nvcc() or _given_library(config_settings) else _COMPILER)
 
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from ecmfq_export.cli import main
 
-COMMANDS = ("export", "quantize", "build", "validate", "evaluate", "run", "inspect", "compare", "targets", "doctor")
+COMMANDS = ("export", "quantize", "import", "build", "validate", "evaluate", "run", "serve", "inspect", "compare", "targets", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,7 +39,11 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "nowhere", "-o", "out", "--target", "rtx"], "nowhere"),
         (["export", "nowhere", "-o", "out", "--target", "no-such-target"], "no-such-target"),
         (["export", "nowhere", "-o", "out", "--target", "rtx", "--set", "bits=2"], "bits=2"),
+        (["export", "nowhere", "-o", "out"], "export needs --target"),
+        (["export", "nowhere", "-o", "out", "--flavour", "ort", "--target", "rtx"], "leave --target out"),
+        (["export", "nowhere", "-o", "out", "--flavour", "ort"], "nowhere"),
         (["quantize", "nowhere", "-o", "out", "--method", "rtn"], "nowhere"),
+        (["import", "nowhere", "-o", "out"], "nowhere"),
         (["build", "nowhere", "--target", "rtx"], "nowhere"),
         (["inspect", "nowhere"], "nowhere"),
         (["run", "nowhere", "--prompt", "hi"], "nowhere"),

@@ -26,16 +26,18 @@ OWN: dict[str, set[str]] = {
     "file_hashes": set(),
     "bundle": {"errors", "config", "file_hashes", "quant.qtensor"},
     # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
-    "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.pack", "quant.qtensor", "runtime.host_inputs",
-               "runtime.sample"},
+    "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.int4_words", "quant.pack", "quant.qtensor",
+               "quant.weight_only", "runtime.host_inputs", "runtime.sample"},
     # The processor makes calibration samples from images and text.
     "stages": {"errors", "config", "models", "quant", "bundle", "progress", "runtime.data_files", "runtime.host_inputs", "runtime.images",
                "runtime.processor", "runtime.sample"},
-    "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.kernel_layout", "quant.pack", "quant.qtensor"},
-    "engine": {"errors", "target", "bundle"},
+    "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.block_layout", "quant.kernel_layout", "quant.pack",
+              "quant.qtensor"},
+    "engine": {"errors", "target", "bundle", "progress"},
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
     "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
     "runtime": {"errors", "bundle", "engine.runner"},
+    "server": {"errors", "runtime"},
     # A model inside another project's program: opened, asked, scored.
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
@@ -59,6 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "engine": {"numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"},
     "validate": {"torch", "numpy", "safetensors", "onnx", "onnx_ir", "onnxruntime", "rich", "matplotlib", "PIL"},
     "runtime": {"numpy", "PIL", "transformers", "tokenizers"},
+    "server": {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "PIL"},
     "integrations": {"torch", "numpy", "PIL", "lmms_eval"},
     "cli": {"rich"},
     "workflow": set(),

@@ -29,7 +29,7 @@ def _listed() -> set[str]:
 
 def test_the_tree_names_every_source_file() -> None:
     there = {p.relative_to(ROOT).as_posix() for folder in ("ecmfq_export", "plugins") for p in (ROOT / folder).rglob("*")
-             if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h") or p.name == "CMakeLists.txt"}
+             if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".cmake") or p.name == "CMakeLists.txt"}
     there = {path for path in there if not path.endswith("__init__.py")}
     listed = {path for path in _listed() if path.startswith(("ecmfq_export/", "plugins/"))}
     assert listed == there

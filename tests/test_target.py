@@ -21,7 +21,8 @@ def test_bundled_targets() -> None:
             "jetson-thor"} <= set(names)
     for name in names:
         target = load_target(name)
-        assert target.name == name and target.kv_cache == "static" and target.dtype == "float16"
+        assert target.name == name and target.dtype == "float16"
+        assert target.kv_cache == {"onnx24": "in_place", "decomposed": "copy"}[target.attention]
         json.dumps(dataclasses.asdict(target))
     assert load_target("rtx").compute_capabilities == (86, 89, 120)
     assert load_target("jetson-orin").attention == "decomposed" and load_target("jetson-orin").engine.build == "on-device"
@@ -51,6 +52,10 @@ def test_own_file(tmp_path: Path) -> None:
     ("[89]", "[90]", "compute capability 90 has no kernel or no engine with tensorrt_rtx"),
     ("tensorrt_rtx", "tensorflow", "'engine.runtime' is 'tensorflow'"),
     ("host-aot", "on-device", "tensorrt_rtx builds host-aot"),
+    ('"in_place"', '"copy"', "attention 'onnx24' with kv_cache 'copy'"),
+    ("timing_cache = false", "timing_cache = 0", "'engine.timing_cache' is 0"),
+    ("decode_profile = false", "decode_profile = true", "decode_profile or timing_cache with runtime 'tensorrt_rtx'"),
+    ('cuda = "13.0"', 'cuda = "thirteen"', "'thirteen' is not a version"),
     ("[kernel]", "[kernels]", "unknown key 'kernels'"),
     ("[limits]", "limits = [", "not valid TOML"),
     ('name = "l4"', 'name = "l5"', "name is 'l5'"),
@@ -63,7 +68,7 @@ def test_mistakes_in_a_file(tmp_path: Path, old: str, new: str, message: str) ->
 
 
 def test_attention_that_the_parser_does_not_know_yet(tmp_path: Path) -> None:
-    text = (BUNDLED / "jetson-orin.toml").read_text().replace('"decomposed"', '"onnx24"')
+    text = (BUNDLED / "jetson-orin.toml").read_text().replace('"decomposed"', '"onnx24"').replace('"copy"', '"in_place"')
     (tmp_path / "jetson-orin.toml").write_text(text)
     with pytest.raises(UserError, match=r"TensorScatter since 10\.15"):
         load_target(tmp_path / "jetson-orin.toml")

@@ -6,7 +6,7 @@ import pytest
 
 from ecmfq_export import bundle, workflow
 from ecmfq_export.config import ExportConfig, QuantConfig
-from ecmfq_export.errors import UnsupportedError, UserError
+from ecmfq_export.errors import BundleError, UnsupportedError, UserError
 from ecmfq_export.graph.pipeline import export_onnx
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.rotated import RotatedModel
@@ -87,6 +87,42 @@ def test_what_kernels_do_not_do_is_refused_before_any_work(tied, tmp_path):
         with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.experts\.down_proj.*blocks of 32; the plugin has no such step"):
             run()
     assert not (tmp_path / "onnx").exists() and not (tmp_path / "bundle").exists()
+
+
+def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypatch):
+    """Which engine is opened for which graph; ONNX Runtime computes in the engines' place, since this machine has no GPU."""
+    from ecmfq_export.engine import trt_runner
+    from ecmfq_export.engine.ort_runner import OrtRunner
+
+    target, opened = load_target("rtx"), []
+    root = tmp_path / "bundle"
+    export_onnx(quantized, root / "onnx", target, ExportConfig(max_seq_len=64), Silent())
+    prompt = "What is this?"
+    plain = workflow.open_generator(root).generate(prompt, max_new_tokens=4)
+    with pytest.raises(BundleError, match=r"no engine at .*rtx/decoder\.engine\n.*build"):
+        workflow.open_generator(root, target=target)
+    for graphs in ("of another model", bundle.fingerprint(root / "onnx")):
+        with bundle.write_stage(root / "engines" / "rtx", "build", {}, {"onnx": graphs}) as (work, _):
+            for part in ("decoder", "vision"):
+                (work / f"{part}.engine").write_text(part)
+        if graphs == "of another model":
+            with pytest.raises(BundleError, match="built from other graphs"):
+                workflow.open_generator(root, target=target)
+
+    class InPlace(OrtRunner):
+        device_bytes = 5
+
+        def __init__(self, path, for_target):
+            opened.append((path.read_text(), for_target.name))
+            super().__init__(root / "onnx" / path.stem / "model.ref.onnx")
+
+    monkeypatch.setattr(trt_runner, "TrtRunner", InPlace)
+    generator = workflow.open_generator(root, target=target)
+    assert generator.generate(prompt, max_new_tokens=4) == plain
+    assert opened == [("decoder", "rtx")] and generator.session.device_bytes == 5
+    (root / "engines" / "rtx" / "vision.engine").write_text("changed")
+    with pytest.raises(BundleError, match="sha256"):
+        workflow.open_generator(root, target=target)
 
 
 def test_missing_data_is_said_before_rotating(tied, tmp_path):

@@ -27,7 +27,7 @@ VISION_START_TOKEN_ID = 256 + SPECIAL_TOKENS.index("<|vision_start|>")
 VISION_END_TOKEN_ID = 256 + SPECIAL_TOKENS.index("<|vision_end|>")
 
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
     "{%- if part.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
@@ -118,7 +118,7 @@ def make_qwen3_vl_moe(
 
 def write_processor_files(directory: Path, config: Qwen3VLMoeConfig) -> None:
     """The tiny tokenizer and image settings."""
-    write_tokenizer(directory, SPECIAL_TOKENS, _CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    write_tokenizer(directory, SPECIAL_TOKENS, CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     vision = config.vision_config
     unit = vision.patch_size * vision.spatial_merge_size
     preprocessor = {

@@ -54,7 +54,7 @@ def run_one(layers: int, args: argparse.Namespace) -> dict[str, Any]:
     model, bundle = args.work / f"model{layers}", args.work / f"bundle{layers}"
     if not (model / "config.json").is_file():
         shutil.rmtree(model, ignore_errors=True)
-        write_checkpoint(model, layers)
+        write_checkpoint(model, layers, small=args.small)
     pool = make_pool(args.work / "pool.jsonl", args.pool)
     shutil.rmtree(bundle, ignore_errors=True)
     settings = dict(item.split("=", 1) for item in args.set)
@@ -66,7 +66,8 @@ def run_one(layers: int, args: argparse.Namespace) -> dict[str, Any]:
     cost = run_measured(command, args.work / f"export{layers}.log", bundle, environment)
     if cost.returncode:
         raise SystemExit(f"{layers} layers: exit code {cost.returncode}; see {args.work / f'export{layers}.log'}")
-    row = {"layers": layers, "checkpoint_bytes": sum(f.stat().st_size for f in model.iterdir()), "bundle_bytes": tree_bytes(bundle),
+    row = {"layers": layers, "shapes": "small" if args.small else "Qwen3-VL-30B-A3B",
+           "checkpoint_bytes": sum(f.stat().st_size for f in model.iterdir()), "bundle_bytes": tree_bytes(bundle),
            "settings": settings, "pool": args.pool, "max_seq_len": args.max_seq_len, "target": args.target, "options": args.options,
            "load_average": os.getloadavg()[1], **cost.as_dict()}
     if not args.keep:
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=1024)
     parser.add_argument("--set", nargs="+", default=DEFAULTS, metavar="KEY=VALUE", help=f"settings (default: {' '.join(DEFAULTS)})")
     parser.add_argument("--options", nargs="*", default=[], help="further options of export")
+    parser.add_argument("--small", action="store_true", help="layers of a thirtieth of the size, see checkpoint.py")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and bundles")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

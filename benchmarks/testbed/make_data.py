@@ -21,10 +21,10 @@ from dialogue import CAPTION_PROMPT, MATCH_PROMPT, QUESTIONS, ask_text, caption,
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-GROUP = 4
+GROUP = 16
 """Captions of a file come in groups of so many near-duplicates: one scene and versions with one attribute moved."""
-BINS = 3
-"""Classes by which a near-duplicate's attribute moves at most (a hue by 1 to 3 of 16, a size by 1 or 2 of 6)."""
+BINS = 1
+"""Classes by which a near-duplicate's attribute moves at most: to the next of 16 hues or 6 sizes, or to another shape."""
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ecmfq_export.engine.device import current_device
+from ecmfq_export.engine.cross_compile import require_kernels
+from ecmfq_export.engine.device import Device, current_device
 from ecmfq_export.engine.engine_file import PLUGIN_NAME, EngineInfo, expect_plugin_nodes, read_engine_file
 from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.engine.memory import Shapes, check_memory, memory_needs
-from ecmfq_export.engine.plugin_library import PluginLibrary, check_plugin_library
+from ecmfq_export.engine.plugin_library import PluginLibrary, check_plugin_library, read_plugin_library
 from ecmfq_export.engine.trt_module import LogLines, clean, load_module, make_logger
 from ecmfq_export.engine.trt_plan import read_plan
 from ecmfq_export.errors import BuildError
@@ -36,6 +37,9 @@ def build_engine(
     *,
     profiles: Mapping[str, Shapes],
     plugin_library: Path | None,
+    decode_profile: Mapping[str, Shapes] | None = None,
+    device_library: Path | None = None,
+    timing_cache: Path | None = None,
     log_path: Path | None = None,
     verbose: bool = False,
 ) -> EngineInfo:
@@ -46,7 +50,11 @@ def build_engine(
         target: what to build for.
         out_path: the engine; appears only when it is complete and checked.
         profiles: for every input with a free extent its (min, opt, max) shapes.
-        plugin_library: ``libecmfq_plugin.so``; needed, and embedded in the engine, where the graph has ``EcmfqRoutedMoE`` nodes.
+        plugin_library: ``libecmfq_plugin.so`` of this machine; needed where the graph has ``EcmfqRoutedMoE`` nodes.
+        decode_profile: a second profile within the first one's largest shapes; None: there is one.
+        device_library: the library of the target's platform, where that is another one; None: the same. It goes into the engine
+            where the target says ``plugin = "embedded"``.
+        timing_cache: file of measured tactic times, read if it is there and written; used where the target has one.
         log_path: where to write the builder's whole log, also when it fails.
         verbose: show the builder's messages on stderr as they come.
 
@@ -61,20 +69,26 @@ def build_engine(
     num_plugin_nodes = _count_plugin_nodes(onnx_path)
     needs = memory_needs(onnx_path, profiles)
     check_memory(needs, target)
-    library = _library_of_graph(plugin_library, num_plugin_nodes, target)
-    _check_machine(target)
+    library, embedded = _libraries(plugin_library, device_library, num_plugin_nodes, target)
+    device = _check_machine(target)
+    if device is not None:
+        check_memory(needs, target, device.memory_bytes)
+        if library is not None:
+            check_driver(library, device)
     module = load_module(target.engine)
 
     log = LogLines(sys.stderr if verbose else None)
     started = time.perf_counter()
     partial = out_path.with_name(out_path.name + ".partial")
     try:
-        shapes = _build(module, log, onnx_path, target, partial, profiles, library)
+        cache = timing_cache if target.engine.timing_cache else None
+        shapes = _build(module, log, onnx_path, target, partial, [profiles, *([decode_profile] if decode_profile else [])], library,
+                        embedded, cache)
         scratch = log.find(r"Max Scratch Memory: (\d+) bytes") or 0
-        info = read_engine_file(partial) if target.engine.runtime == "tensorrt_rtx" else read_plan(module, log, partial, library)
-        _check_engine(info, target, shapes, num_plugin_nodes, library)
+        info = read_engine_file(partial) if target.engine.runtime == "tensorrt_rtx" else read_plan(module, log, partial)
+        _check_engine(info, target, shapes, num_plugin_nodes, embedded)
         needs = dataclasses.replace(needs, scratch=scratch)
-        check_memory(needs, target)
+        check_memory(needs, target, device.memory_bytes if device else None)
         os.replace(partial, out_path)
     finally:
         partial.unlink(missing_ok=True)
@@ -95,42 +109,52 @@ def _count_plugin_nodes(onnx_path: Path) -> int:
     return sum(node.op_type == PLUGIN_NAME for node in model.graph.node)
 
 
-def _library_of_graph(path: Path | None, num_plugin_nodes: int, target: Target) -> PluginLibrary | None:
+def _libraries(path: Path | None, device_path: Path | None, num_plugin_nodes: int,
+               target: Target) -> tuple[PluginLibrary | None, PluginLibrary | None]:
+    """The library to parse with here, and the one to embed in the engine; None and None without plugin nodes."""
     if num_plugin_nodes == 0:
-        return None
+        return None, None
     if path is None:
         raise BuildError(f"the graph has {num_plugin_nodes} {PLUGIN_NAME} nodes and no plugin library was given",
                          "run 'pip install .' to compile it; 'ecmfq-export doctor' shows where it is looked for")
-    return library_for(path, target)
+    here = check_plugin_library(path)
+    there = here if device_path is None else read_plugin_library(device_path)
+    if there.platform != target.platform:
+        if target.engine.plugin == "embedded":
+            raise BuildError(f"{there.path} is for {there.platform}, the devices of target '{target.name}' are {target.platform}",
+                             "give a library of that platform: engine.cross_compile.library_for makes one")
+    else:
+        require_kernels(there, target)
+    return here, there if target.engine.plugin == "embedded" else None
 
 
-def library_for(path: Path, target: Target) -> PluginLibrary:
-    """A library that loads here and has kernels for every compute capability of a target.
+def check_driver(library: PluginLibrary, device: Device) -> None:
+    """Refuse a library whose kernels this machine's driver would not load.
 
     Raises:
-        BuildError: it does not, or has not.
+        BuildError: it was compiled with a newer major version of CUDA than the driver's.
     """
-    library = check_plugin_library(path)
-    missing = [sm for sm in target.compute_capabilities if sm not in library.compute_capabilities]
-    if missing:
-        raise BuildError(f"{path} has kernels for SM {', '.join(map(str, library.compute_capabilities)) or 'none'}, target "
-                         f"'{target.name}' needs {', '.join(map(str, missing))}",
-                         f"pip install . -C cmake.define.ECMFQ_CUDA_ARCHS={','.join(map(str, target.compute_capabilities))}")
-    return library
+    if library.cuda and int(library.cuda.split(".")[0]) > int(device.driver.split(".")[0]):
+        raise BuildError(f"{library.path} was compiled with CUDA {library.cuda}, the driver of {device.name} takes {device.driver}",
+                         "compile it here, with this system's nvcc: pip install . -C cmake.define.ECMFQ_CUDA_ARCHS="
+                         f"{device.compute_capability}")
 
 
-def _check_machine(target: Target) -> None:
+def _check_machine(target: Target) -> Device | None:
+    """The device to build on; None where any machine builds."""
     if target.engine.build == "host-aot":
-        return
+        return None
     device, wanted = current_device(), target.compute_capabilities[0]
     if device is None or device.compute_capability != wanted:
         found = "none was found" if device is None else f"{device.name} has {device.compute_capability}"
         raise BuildError(f"target '{target.name}' is built on the device itself, a GPU of compute capability {wanted}; {found}",
                          f"copy the bundle to the device and run there: ecmfq-export build BUNDLE --target {target.name}")
+    return device
 
 
-def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, out: Path, profiles: Mapping[str, Shapes],
-           library: PluginLibrary | None) -> dict[str, dict[str, object]]:
+def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, out: Path,
+           profiles: Sequence[Mapping[str, Shapes]], library: PluginLibrary | None, embedded: PluginLibrary | None,
+           timing_cache: Path | None) -> dict[str, dict[str, object]]:
     """Parse and build to `out`; returns dtype, shape and direction of every input and output."""
     logger = make_logger(module, log)
     builder = module.Builder(logger)
@@ -146,15 +170,20 @@ def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, o
                       [f"node '{e.node_name()}' ({e.node_operator()}): {e.desc()}" for e in errors])
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # layer names in the engine and in the log
-    if library is not None and library.platform == target.platform:
-        config.plugins_to_serialize = [str(library.path)]
-    config.add_optimization_profile(_profile(builder, network, profiles))
+    if embedded is not None:
+        config.plugins_to_serialize = [str(embedded.path)]
+    if timing_cache is not None:
+        config.set_timing_cache(config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b""), False)
+    for one in profiles:
+        config.add_optimization_profile(_profile(builder, network, one))
     if target.engine.build == "host-aot":
         config.num_compute_capabilities = len(target.compute_capabilities)
         for index, sm in enumerate(target.compute_capabilities):
             if not config.set_compute_capability(getattr(module.ComputeCapability, f"SM{sm}"), index):
                 raise _failed(f"compute capability {sm} was refused", log)
     _write(module, builder, network, config, out, log)
+    if timing_cache is not None:
+        timing_cache.write_bytes(config.get_timing_cache().serialize())
     return _io(network)
 
 
@@ -215,15 +244,14 @@ def _io(network: Any) -> dict[str, dict[str, object]]:
 
 
 def _check_engine(info: EngineInfo, target: Target, shapes: Mapping[str, object], num_plugin_nodes: int,
-                  library: PluginLibrary | None) -> None:
+                  embedded: PluginLibrary | None) -> None:
     expect_plugin_nodes(info, num_plugin_nodes)
     if set(info.compute_capabilities) != set(target.compute_capabilities):
         raise BuildError(f"the engine is for compute capabilities {list(info.compute_capabilities)}, target '{target.name}' has "
                          f"{list(target.compute_capabilities)}")
     if set(info.io_names) != set(shapes):
         raise BuildError(f"the engine has inputs and outputs {list(info.io_names)}, the graph has {list(shapes)}")
-    embedded = library is not None and library.platform == target.platform
-    if info.runtime == "tensorrt_rtx" and info.plugin_library_sha256 != (library.sha256 if embedded and library else ""):
+    if info.runtime == "tensorrt_rtx" and info.plugin_library_sha256 != (embedded.sha256 if embedded else ""):
         raise BuildError(f"the engine embeds a plugin library with sha256 '{info.plugin_library_sha256}', not the one given")
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ecmfq_export.engine.cross_compile import cross_tools
 from ecmfq_export.engine.device import Device, current_device
-from ecmfq_export.engine.plugin_library import ABI_VERSION, check_plugin_library, find_plugin_library
+from ecmfq_export.engine.plugin_library import ABI_VERSION, check_plugin_library, find_plugin_library, host_platform
 from ecmfq_export.engine.trt_module import INSTALL
 from ecmfq_export.errors import UserError
 from ecmfq_export.target import list_targets, load_target
@@ -53,6 +54,7 @@ def collect() -> list[Check]:
                  "tensorrt-lean-cu13"),
         library,
         _nvcc(),
+        *_cross_compilers(),
         _device(device),
         _disk(),
     ]
@@ -91,6 +93,30 @@ def _nvcc() -> Check:
         return Check("nvcc", False, f"{path}: {error}", "remove it from PATH, or repair the CUDA toolkit")
     version = next((part.strip() for part in text.replace("\n", ",").split(",") if part.strip().startswith("release")), "")
     return Check("nvcc", True, f"{path} {version}")
+
+
+def _cross_compilers() -> list[Check]:
+    """What the plugin library of targets of other platforms is compiled with."""
+    checks = []
+    for platform_name, names in sorted(_foreign_targets().items()):
+        try:
+            tools = cross_tools(platform_name)
+        except UserError as error:
+            checks.append(Check(f"plugin library for {platform_name}", False, error.what, error.fix))
+            continue
+        checks += [Check(tool.name, bool(tool.path), tool.path or f"not found; {tool.purpose}: export for {', '.join(names)}", tool.install)
+                   for tool in tools]
+    return checks
+
+
+def _foreign_targets() -> dict[str, list[str]]:
+    """Platform to its bundled targets, this machine's own left out."""
+    found: dict[str, list[str]] = {}
+    for name in list_targets():
+        where = load_target(name).platform
+        if where != host_platform():
+            found.setdefault(where, []).append(name)
+    return found
 
 
 def _device(device: Device | None) -> Check:

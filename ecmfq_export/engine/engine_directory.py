@@ -17,7 +17,7 @@ from ecmfq_export.engine.device import Device
 from ecmfq_export.engine.plugin_library import ABI_VERSION, LIBRARY_NAME, read_plugin_library
 from ecmfq_export.errors import BuildError, BundleError
 
-STAGE = "build"
+BUILT, PREPARED = "build", "device"
 PARTS = ("decoder", "vision")
 _AGAIN = "build the engines again: ecmfq-export build BUNDLE --target NAME"
 
@@ -45,18 +45,23 @@ class EngineRecord:
 def open_engines(directory: Path) -> dict[str, EngineRecord]:
     """The engines of a finished build, by part, after everything that files alone can tell was checked; nothing is loaded.
 
+    A directory that was prepared for a device has none: what trtexec builds there is in no manifest, and TensorRT alone checks it.
+
     Raises:
-        BundleError: a file is missing, changed or not listed, or the manifest does not describe its engines.
+        BundleError: a file is missing or changed, or the manifest does not describe its engines.
         BuildError: the plugin has another ABI than this version of ecmfq-export.
     """
-    manifest = bundle.open_stage(directory, STAGE)
+    manifest = bundle.read_manifest(directory)
+    if manifest.stage not in (BUILT, PREPARED):
+        raise BundleError(f"{directory} is a '{manifest.stage}' directory", f"expected one of {BUILT}, {PREPARED}")
+    bundle.verify(directory, manifest)
     abi = manifest.info.get("plugin_abi")
     if type(abi) is not int or abi != ABI_VERSION:
         raise BuildError(f"{directory} was built with plugin ABI {abi}, this version of ecmfq-export has {ABI_VERSION}", _AGAIN)
     library = directory / LIBRARY_NAME if LIBRARY_NAME in manifest.files else None
     if library is not None:
         read_plugin_library(library)
-    return {part: _record(directory, part, manifest, library) for part in PARTS}
+    return {part: _record(directory, part, manifest, library) for part in PARTS} if manifest.stage == BUILT else {}
 
 
 def check_runs_here(record: EngineRecord, version: str, device: Device | None) -> None:

@@ -66,6 +66,10 @@ class OrtRunner:
         return self._outputs
 
     @property
+    def device_bytes(self) -> int:
+        return 0
+
+    @property
     def inputs(self) -> dict[str, tuple[np.dtype, list[int | str | None]]]:
         """Dtype and shape of every input; a free extent is its symbol's name or None."""
         return dict(self._inputs)

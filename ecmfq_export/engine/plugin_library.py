@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import platform
+import re
 import struct
 import sysconfig
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ import ecmfq_export
 from ecmfq_export.errors import BuildError
 
 LIBRARY_NAME = "libecmfq_plugin.so"
+LOCAL_LIBRARY_NAME = "libecmfq_plugin.local.so"
+"""In an engine folder: compiled on the device itself, and taken before the one that the bundle brought."""
 ABI_VERSION = 1  # ECMFQ_ABI_VERSION of plugins/capi/ecmfq.h
 _INSTALL = "pip install . (compiles it), or: cmake -S plugins -B build/plugins -G Ninja && cmake --build build/plugins"
 
 _ELF_PLATFORMS = {62: "linux-x86_64", 183: "linux-aarch64"}  # e_machine
+_BUILD_INFO = re.compile(rb"ecmfq-build cuda=(\d+) ")
+_GLIBC = re.compile(rb"\0GLIBC_(\d+)\.(\d+)(?=\0)")
 _FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
 
 
@@ -31,6 +36,9 @@ class PluginLibrary:
         bytes: its size.
         platform: ``linux-x86_64`` or ``linux-aarch64``.
         compute_capabilities: SM versions that it holds machine code for, ascending.
+        cuda: version of the CUDA compiler, e.g. ``13.0``; a driver of an older major version loads none of the kernels. Empty where
+            the library does not say.
+        glibc: the oldest C library that it loads with, e.g. ``2.35``; empty where it needs none.
     """
 
     path: Path
@@ -38,6 +46,8 @@ class PluginLibrary:
     bytes: int
     platform: str
     compute_capabilities: tuple[int, ...]
+    cuda: str = ""
+    glibc: str = ""
 
 
 def find_plugin_library() -> Path:
@@ -73,7 +83,8 @@ def read_plugin_library(path: Path) -> PluginLibrary:
     machine = struct.unpack_from("<H", data, 18)[0] if len(data) >= 64 and data[:5] == b"\x7fELF\x02" else -1
     if machine not in _ELF_PLATFORMS:
         raise BuildError(f"{path} is not a 64-bit shared object for {' or '.join(_ELF_PLATFORMS.values())}", _INSTALL)
-    return PluginLibrary(path, hashlib.sha256(data).hexdigest(), len(data), _ELF_PLATFORMS[machine], _cubin_archs(data))
+    return PluginLibrary(path, hashlib.sha256(data).hexdigest(), len(data), _ELF_PLATFORMS[machine], _cubin_archs(data),
+                         _cuda_version(data), _glibc_version(data))
 
 
 def check_plugin_library(path: Path, sha256: str | None = None) -> PluginLibrary:
@@ -90,9 +101,8 @@ def check_plugin_library(path: Path, sha256: str | None = None) -> PluginLibrary
     if sha256 is not None and library.sha256 != sha256:
         raise BuildError(f"{path}: sha256 is {library.sha256}, the manifest says {sha256}",
                          "the file was changed after the bundle was made; build the engines again")
-    host = f"linux-{platform.machine()}"
-    if library.platform != host:
-        raise BuildError(f"{path} is for {library.platform}, this machine is {host}", "run 'pip install .' on this machine")
+    if library.platform != host_platform():
+        raise BuildError(f"{path} is for {library.platform}, this machine is {host_platform()}", "run 'pip install .' on this machine")
     handle = load_plugin_library(path)
     handle.ecmfq_abi_version.restype = ctypes.c_uint32
     if handle.ecmfq_abi_version() != ABI_VERSION:
@@ -113,6 +123,24 @@ def load_plugin_library(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise BuildError(f"{path} cannot be loaded as a plugin library: {error}", _INSTALL) from error
     return handle
+
+
+def host_platform() -> str:
+    """This machine's platform as targets name it, e.g. ``linux-x86_64``."""
+    return f"linux-{platform.machine()}"
+
+
+def _cuda_version(data: bytes) -> str:
+    """Of the constant ``ecmfq_build_info``: 13000 is 13.0."""
+    match = _BUILD_INFO.search(data)
+    number = int(match[1]) if match else 0
+    return f"{number // 1000}.{number % 1000 // 10}" if number else ""
+
+
+def _glibc_version(data: bytes) -> str:
+    """The newest symbol version of the C library among the names in the string table."""
+    seen = [(int(major), int(minor)) for major, minor in _GLIBC.findall(data)]
+    return ".".join(map(str, max(seen))) if seen else ""
 
 
 def _cubin_archs(data: bytes) -> tuple[int, ...]:

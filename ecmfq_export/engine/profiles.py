@@ -41,6 +41,11 @@ def profile_shapes(onnx_path: Path, ranges: Mapping[str, Range]) -> dict[str, Sh
     return shapes
 
 
+def decode_ranges(ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The same ranges with one token a sequence: what a decoder is called with after its prompt."""
+    return {**ranges, "seq": (1, 1, 1)}
+
+
 def _size(dim: onnx.TensorShapeProto.Dimension, ranges: Mapping[str, Range], kind: int, name: str, path: Path) -> int:
     if dim.HasField("dim_value"):
         return dim.dim_value

@@ -19,6 +19,7 @@ class Runner(Protocol):
 
     Attributes:
         input_names, output_names: in the graph's order.
+        device_bytes: memory that it holds on a device of its own; 0 where it computes on the CPU.
     """
 
     @property
@@ -27,6 +28,9 @@ class Runner(Protocol):
     @property
     def output_names(self) -> Sequence[str]: ...
 
+    @property
+    def device_bytes(self) -> int: ...
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once.
 
@@ -34,7 +38,8 @@ class Runner(Protocol):
             feeds: every input by name, of the graph's dtype and a shape that its dimensions admit.
 
         Returns:
-            every output by name; arrays of their own.
+            every output by name; arrays of their own. A cache output (``present_*``) may be on the device: it goes into the next
+            call's ``past_*`` as it is, and indexing or ``np.asarray`` copies it to the host.
 
         Raises:
             UserError: an input is missing, unknown, or of a wrong dtype or shape.

@@ -18,12 +18,17 @@ from ecmfq_export.models.spec import AttentionSpec, GqaSpec, MlaSpec
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Graph inputs that every layer shares; see graph/decoder.py for shapes."""
+    """Graph inputs that every layer shares; see graph/decoder.py for shapes.
+
+    Attributes:
+        rotated: channels of a head that cos and sin rotate.
+    """
 
     cos: ir.Value
     sin: ir.Value
     mask: ir.Value
     write_indices: ir.Value
+    rotated: int
 
 
 Linear = Callable[[str, ir.Value], ir.Value]
@@ -86,9 +91,16 @@ def _gqa(
     query, key, value = (
         b.op("Transpose", v, perm=[0, 2, 1, 3], name=f"{n}_transpose") for n, v in (("q", query), ("k", key), ("v", value))
     )
-    query = b.op("RotaryEmbedding", query, inputs.cos, inputs.sin, interleaved=0, name="q_rope")
-    key = b.op("RotaryEmbedding", key, inputs.cos, inputs.sin, interleaved=0, name="k_rope")
-    return query, key, value
+    return _rotate(b, query, spec, inputs, "q"), _rotate(b, key, spec, inputs, "k"), value
+
+
+def _rotate(b: GraphBuilder, x: ir.Value, spec: GqaSpec, inputs: AttentionInputs, name: str) -> ir.Value:
+    """x [batch, heads, seq, head_dim], its first ``inputs.rotated`` channels rotated."""
+    if inputs.rotated == spec.head_dim:
+        return b.op("RotaryEmbedding", x, inputs.cos, inputs.sin, interleaved=0, name=f"{name}_rope")
+    first, rest = _split(b, x, (inputs.rotated, spec.head_dim - inputs.rotated), f"{name}_split")
+    first = b.op("RotaryEmbedding", first, inputs.cos, inputs.sin, interleaved=0, name=f"{name}_rope")
+    return b.op("Concat", first, rest, axis=-1, name=f"{name}_joined")
 
 
 def _mla(

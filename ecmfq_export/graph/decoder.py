@@ -86,7 +86,7 @@ class _Emitter:
         last = [_input("last_index", I64, ["batch"])] if self.logits == "last" else []
         deepstack = [_input(f"deepstack_{i}", b.dtype, hidden_shape) for i in range(spec.num_deepstack)]
         inputs = [hidden, *tables, mask, write, *last, *deepstack]
-        shared = AttentionInputs(*tables, mask, write)
+        shared = AttentionInputs(*tables, mask, write, spec.rope.head_dim)
         presents: list[ir.Value] = []
         for layer in spec.layers:
             cache = ["batch", layer.attention.num_kv_heads, self.max_seq_len, cache_head_dim(layer.attention)]

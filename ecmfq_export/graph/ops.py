@@ -24,6 +24,9 @@ from ecmfq_export.models.spec import MoESpec
 
 DOMAIN, VERSION = "ecmfq", 1
 FLOAT_MOE, ROUTED_MOE = "EcmfqMoE", "EcmfqRoutedMoE"
+MICROSOFT, MICROSOFT_VERSION = "com.microsoft", 1
+WEIGHT_ONLY_MOE, WEIGHT_ONLY_MATMUL = "QMoE", "MatMulNBits"
+"""ONNX Runtime's own operators, in graphs for it alone (passes/weight_only_experts.py, weight_only_linears.py)."""
 ACTIVATIONS = ("silu_glu",)
 ABI_VERSION = 1
 """ECMFQ_ABI_VERSION of plugins/capi/ecmfq.h."""

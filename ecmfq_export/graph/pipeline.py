@@ -1,6 +1,7 @@
 """The stage "onnx": a checkpoint in, graphs and everything that running them needs out.
 
-OUT/decoder/model.onnx        no local function; EcmfqRoutedMoE (or EcmfqMoE) nodes, weights beside it
+OUT/decoder/model.onnx        no local function; EcmfqRoutedMoE (or EcmfqMoE) nodes, weights beside it; for ONNX Runtime alone (no
+                              target): QMoE and MatMulNBits nodes, and no model.ref.onnx
 OUT/decoder/model.ref.onnx    the same graph for ONNX Runtime, with functions for the custom nodes
 OUT/decoder/weights.data      everything but quantized expert weights; both graphs read it
 OUT/decoder/experts.<layout>.data   quantized expert weights; row_major is the reference's
@@ -29,15 +30,25 @@ from ecmfq_export.graph.passes.decompose_attention import DecomposeAttentionPass
 from ecmfq_export.graph.passes.prepack_experts import PrepackExpertsPass
 from ecmfq_export.graph.passes.quantize_experts import QuantizeExpertsPass
 from ecmfq_export.graph.passes.quantize_linears import QuantizeLinearsPass
+from ecmfq_export.graph.passes.weight_only_experts import WeightOnlyExpertsPass
+from ecmfq_export.graph.passes.weight_only_linears import WeightOnlyLinearsPass
 from ecmfq_export.graph.runtime_json import FILE, PROCESSOR_FILES, eos_token_ids, runtime_facts
 from ecmfq_export.graph.weights import externalize, save_embeddings
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.progress import Progress
-from ecmfq_export.target import Target
+from ecmfq_export.target import Limits, Target
 
 STAGE = "onnx"
 ROW_MAJOR = "row_major"
+
+ORT = "ort"
+"""The flavour, and the weight layout, of graphs for ONNX Runtime alone."""
+
+WEIGHT_ONLY = "W4A16: weights alone are int4, activations are floating point"
+
+_ORT_LIMITS = Limits(max_batch=4, max_seq_len=4096, memory_bytes=1 << 40)
+"""Where no target says how long a cache may be; ``max_seq_len`` of the settings is a smaller one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Sizes:
 def export_onnx(
     model_dir: Path,
     out_dir: Path,
-    target: Target,
+    target: Target | None,
     config: ExportConfig,
     progress: Progress,
     *,
@@ -64,7 +75,8 @@ def export_onnx(
     Args:
         model_dir: a Hugging Face directory, as models.moe_vlm.open_model takes it.
         out_dir: replaced when everything is written.
-        dtype: type of the graphs, ``float16`` or ``float32``; None takes the target's.
+        target: None for ONNX Runtime alone: weight-only int4 in com.microsoft's operators.
+        dtype: type of the graphs, ``float16`` or ``float32``; None takes the target's, float32 for ONNX Runtime alone.
         taps: make the residual stream after each layer an output of the reference graph (``hidden_{l}``).
 
     Returns:
@@ -75,12 +87,17 @@ def export_onnx(
     """
     model = open_model(model_dir)
     require_plain_inputs(model)
-    dtype = dtype or target.dtype
+    if model.unused:
+        progress.note(model.unused_note("not exported"))
+    dtype = dtype or (target.dtype if target is not None else "float32")
     sizes = resolve_sizes(model, target, config)
     settings = {
         "export": dataclasses.asdict(config), "sizes": dataclasses.asdict(sizes), "dtype": dtype, "taps": taps,
-        "attention": target.attention, "weight_layout": target.kernel.weight_layout,
+        "attention": target.attention if target is not None else "onnx24",
+        "weight_layout": target.kernel.weight_layout if target is not None else ORT,
     }  # fmt: skip
+    if target is None:
+        settings["flavour"] = ORT
     graph_dtype(dtype)
     inputs = {"model": bundle.fingerprint(model_dir)}
     if bundle.is_current(out_dir, STAGE, settings, inputs):
@@ -106,19 +123,21 @@ def require_plain_inputs(model: MoEVLM) -> None:
         )
 
 
-def resolve_sizes(model: MoEVLM, target: Target, config: ExportConfig) -> Sizes:
+def resolve_sizes(model: MoEVLM, target: Target | None, config: ExportConfig) -> Sizes:
     """What was asked for, or the largest that model and target allow; callable before any work is done.
 
     Raises:
         UserError: more was asked for than the model or the target allows.
     """
-    longest, limits = model.spec.max_position_embeddings, target.limits
-    if config.max_seq_len > min(longest, limits.max_seq_len):
+    longest, limits = model.spec.max_position_embeddings, target.limits if target is not None else _ORT_LIMITS
+    if target is None and config.max_seq_len > longest:
+        raise UserError(f"max_seq_len = {config.max_seq_len}, the model allows {longest}", f"use {longest} or less")
+    if target is not None and config.max_seq_len > min(longest, limits.max_seq_len):
         raise UserError(
             f"max_seq_len = {config.max_seq_len}, the model allows {longest} and target {target.name} {limits.max_seq_len}",
             f"use {min(longest, limits.max_seq_len)} or less",
         )
-    if config.max_batch > limits.max_batch:
+    if target is not None and config.max_batch > limits.max_batch:
         raise UserError(f"max_batch = {config.max_batch}, target {target.name} allows {limits.max_batch}")
     unit = model.spec.vision.spatial_merge_size**2
     if config.max_image_patches < unit:
@@ -135,7 +154,7 @@ class _Export:
     """One run of the stage."""
 
     model: MoEVLM
-    target: Target
+    target: Target | None
     config: ExportConfig
     sizes: Sizes
     dtype: str
@@ -144,11 +163,13 @@ class _Export:
     info: dict[str, Any]
 
     def steps(self) -> list[Callable[[], None]]:
-        return [self.decoder, self.vision, self.runtime]
+        return [self.decoder if self.target is not None else self.weight_only_decoder, self.vision, self.runtime]
 
     @property
     def group_size(self) -> int | None:
         """Of quantized experts; None where the first MoE layer's experts are floating point."""
+        if self.target is None:
+            return None
         layers = self.model.spec.moe_layers
         name = f"layers.{layers[0]}.mlp.experts.down_proj" if layers else ""
         if not layers or self.model.recipe(name) == "float":
@@ -181,6 +202,22 @@ class _Export:
         self.info |= {"num_plugin_nodes": routed, "decoder_nodes": len(list(graph.graph)), "decoder_bytes": written}
         self.info["weight_layout"] = layout
 
+    def weight_only_decoder(self) -> None:
+        """The decoder for ONNX Runtime alone."""
+        directory = self.work / "decoder"
+        directory.mkdir()
+        kind = graph_dtype(self.dtype)
+        graph = emit_decoder(self.model, self.sizes.max_seq_len, kind, self.config.logits)
+        WeightOnlyLinearsPass(self.model, kind)(graph)
+        WeightOnlyExpertsPass(self.model, kind)(graph)
+        graph.graph.opset_imports.pop(ops.DOMAIN)
+        written = externalize(graph, directory, lambda _: "weights.data")
+        if self.taps:
+            add_taps(graph)
+        ir.save(graph, directory / "model.onnx")
+        self.info |= {"num_plugin_nodes": 0, "decoder_nodes": len(list(graph.graph)), "decoder_bytes": written}
+        self.info |= {"weight_layout": ORT, "computes": WEIGHT_ONLY}
+
     def vision(self) -> None:
         # Imported here: torch.onnx takes seconds, and only this step needs it.
         from ecmfq_export.graph.vision import trace_vision
@@ -188,7 +225,7 @@ class _Export:
         directory = self.work / "vision"
         directory.mkdir()
         graph = trace_vision(self.model.vision_module(), self.model.spec.vision, graph_dtype(self.dtype))
-        if self.target.attention == "decomposed":
+        if self.target is not None and self.target.attention == "decomposed":
             DecomposeAttentionPass()(graph)
         written = externalize(graph, directory, lambda _: "weights.data")
         ir.save(graph, directory / "model.onnx")
@@ -204,7 +241,8 @@ class _Export:
         sizes = dataclasses.asdict(self.sizes)
         facts = runtime_facts(
             spec, dtype=self.dtype, logits=self.config.logits, weight_layout=self.info["weight_layout"],
-            group_size=self.group_size, eos_token_ids=eos_token_ids(self.model.path, self.model.config), **sizes,
+            group_size=self.group_size, weight_only=self.target is None,
+            eos_token_ids=eos_token_ids(self.model.path, self.model.config), **sizes,
         )  # fmt: skip
         bundle.write_json(self.work / FILE, facts)
         self.info |= {"dim_ranges": dim_ranges(self.sizes, spec.vision.spatial_merge_size), "dtype": self.dtype}

@@ -33,12 +33,14 @@ def runtime_facts(
     weight_layout: str,
     group_size: int | None,
     eos_token_ids: list[int],
+    weight_only: bool = False,
 ) -> dict[str, Any]:
     """The content of ``runtime.json``; docs/graph.md says what each key means.
 
     Args:
         weight_layout: of the plugin nodes in ``decoder/model.onnx``.
-        group_size: of quantized experts; None where experts are floating point.
+        group_size: of quantized experts; None where experts are floating point or weight-only.
+        weight_only: the graphs are for ONNX Runtime alone: QMoE nodes, no reference copy.
     """
     attention = spec.layers[0].attention
     vision = spec.vision
@@ -79,9 +81,12 @@ def runtime_facts(
         },
         "moe": None,
     }  # fmt: skip
+    if weight_only:
+        del facts["files"]["decoder_reference"]
     if moe is not None:
+        quantized = ops.WEIGHT_ONLY_MOE if weight_only else ops.ROUTED_MOE
         facts["moe"] = {
-            "op": ops.FLOAT_MOE if group_size is None else ops.ROUTED_MOE, "layers": list(spec.moe_layers),
+            "op": ops.FLOAT_MOE if group_size is None and not weight_only else quantized, "layers": list(spec.moe_layers),
             "num_experts": moe.num_experts, "top_k": moe.top_k, "num_shared_experts": moe.num_shared_experts,
             "hidden_size": moe.hidden_size, "intermediate_size": moe.intermediate_size, "activation": moe.activation,
             "group_size": group_size, "weight_layout": None if group_size is None else weight_layout,
@@ -90,20 +95,42 @@ def runtime_facts(
 
 
 def eos_token_ids(model_dir: Path, config: dict[str, Any]) -> list[int]:
-    """End-of-sequence ids of ``generation_config.json``, else of the config; in their order, without repeats.
+    """End-of-sequence ids of ``generation_config.json``, else of the config, else the tokenizer's; in their order, without repeats.
 
     Raises:
-        CheckpointError: the file is no JSON object.
+        CheckpointError: a file is no JSON object.
     """
-    path, value = model_dir / "generation_config.json", None
-    if path.is_file():
-        try:
-            value = read_json(path).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    value = _json_object(model_dir / "generation_config.json").get("eos_token_id")
     for source in (config.get("text_config") or {}, config):
         value = source.get("eos_token_id") if value is None else value
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    value = _tokenizer_eos(model_dir) if value is None else value
+    ids = value if isinstance(value, list) else [value]
     if any(type(index) is not int for index in ids):
         raise CheckpointError(f"eos_token_id of {model_dir} is {value!r}", "expected a token id, or a list of them")
     return list(dict.fromkeys(ids))
+
+
+def _tokenizer_eos(model_dir: Path) -> list[int]:
+    """The id of the tokenizer's own end-of-sequence token; empty where its files name none."""
+    token = _json_object(model_dir / "tokenizer_config.json").get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    added = _json_object(model_dir / "tokenizer.json").get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    return [entry.get("id") for entry in entries if content is not None and entry.get("content") == content]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What `path` holds; empty where there is no such file.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, no object", "copy it from the model")
+    return data

@@ -6,7 +6,7 @@ inside a frame with an additive mask, so that images of different sizes go throu
 
 Outputs: ``image_features`` [num_merged, hidden], then ``deepstack_{i}`` [num_merged, hidden].
 
-Two kinds of towers are known by the parts they are made of: Qwen3-VL's, and MoonViT with its projector (Kimi).
+Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, and MoonViT with its projector (Kimi).
 """
 
 from __future__ import annotations
@@ -106,6 +106,36 @@ class HostedQwenTower(HostedTower):
         return (tower.merger(hidden), *deepstack)
 
 
+class HostedGlmTower(HostedTower):
+    """GLM-4.1V's vision tower, whose merged patches go through a convolution and then a gated MLP."""
+
+    PARTS = ("patch_embed", "post_conv_layernorm", "embeddings.position_embedding", "rotary_pos_emb", "blocks", "post_layernorm",
+             "downsample", "merger")  # fmt: skip
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.tower.rotary_pos_emb
+
+    @staticmethod
+    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attn.qkv(x).chunk(3, dim=-1)
+
+    def forward(
+        self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, rope_positions: torch.Tensor,
+        segment_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Features of merged patches; see the module's docstring."""
+        tower = self.tower
+        hidden = tower.post_conv_layernorm(_embed_patches(tower.patch_embed.proj, patches))
+        hidden = hidden + (tower.embeddings.position_embedding(interp_indices) * interp_weights[:, :, None]).sum(1)
+        for after in self.encode(tower.blocks, hidden, rope_positions, segment_ids):
+            hidden = after
+        # The stride of the convolution is its kernel, and merged patches are neighbours: a matrix product.
+        kernel = tower.downsample.weight
+        blocks = tower.post_layernorm(hidden).unflatten(0, (-1, kernel.shape[2] * kernel.shape[3])).flatten(1)
+        return (tower.merger(functional.linear(blocks, kernel.permute(0, 2, 3, 1).flatten(1), tower.downsample.bias)),)
+
+
 class HostedMoonVit(HostedTower):
     """MoonViT and its projector, as models/kimi_vision.py puts them together, over patches in merge-block order."""
 
@@ -143,13 +173,13 @@ def hosted_tower(tower: nn.Module) -> HostedTower:
         UnsupportedError: a tower made of other parts.
     """
     missing: list[str] = []
-    for kind in (HostedQwenTower, HostedMoonVit):
+    for kind in (HostedQwenTower, HostedGlmTower, HostedMoonVit):
         lacking = [part for part in kind.PARTS if not _has(tower, part)]
         if not lacking:
             return kind(tower)
         missing.append(f"{kind.__name__}: no {', '.join(lacking)}")
     raise UnsupportedError(f"vision tower {type(tower).__name__} is of no known kind ({'; '.join(missing)})",
-                           "only towers of the Qwen3-VL and MoonViT forms can be exported")
+                           "only towers of the Qwen3-VL, GLM-4.1V and MoonViT forms can be exported")
 
 
 def _has(module: nn.Module, dotted: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
@@ -27,6 +28,28 @@ BOOKKEEPING = {
     "pad_token_id": "marks an embedding row that training leaves alone; inference reads it as any other",
 }
 """Fields of any level that do not change inference, with the reason."""
+
+_GENERATION = (
+    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_scores", "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "typical_p",
+)  # fmt: skip
+
+WRITTEN_BY_TRANSFORMERS_4 = dict.fromkeys(_GENERATION, "generation default that transformers 4 copied into configs; not read") | {
+    "auto_map": "names remote code, which is never run",
+    "finetuning_task": "says what the model was trained for",
+    "torchscript": "how transformers 4 runs the model",
+    "use_bfloat16": "how transformers 4 runs the model",
+    "tf_legacy_loss": "TensorFlow only",
+    "_attn_implementation": "how transformers runs the model",
+    "_attn_implementation_autoset": "how transformers runs the model",
+}
+"""Fields that transformers 4 wrote into any section and that do not change inference, with the reason."""
+
+MAX_LAYERS = 10_000
+"""A damaged count must not keep the machine building layers."""
 
 
 class ConfigFields:
@@ -144,6 +167,50 @@ class ConfigFields:
                 )
 
 
+def refuse_unused(section: ConfigFields) -> None:
+    """Options of transformers' base class that no model here reads: only their neutral value is accepted.
+
+    Raises:
+        UnsupportedError: another value.
+    """
+    section.expect("chunk_size_feed_forward", 0, None, why="the family's layers are not chunked")
+    for name in ("is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_encoder_decoder"):
+        section.expect(name, False, None, why="the family has no encoder-decoder form")
+    section.expect("cross_attention_hidden_size", None, why="the family has no encoder-decoder form")
+    section.expect("pruned_heads", {}, None, why="no head is pruned")
+
+
+def subsection(value: Any, name: str) -> dict[str, Any]:
+    """A section of a config as the file gives it; empty where the file has none (None, or transformers' instance of it).
+
+    Raises:
+        CheckpointError: it is no object.
+    """
+    if value is None or hasattr(value, "model_type"):
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {name} is no object")
+    return value
+
+
+def built(kind: Any, given: Mapping[str, Any], without: Iterable[str] = ()) -> Any:
+    """An instance of transformers' config class `kind`, whose fields are the defaults of what a file leaves out.
+
+    Args:
+        given: what the file says; it is copied, since transformers edits what it is given.
+        without: names that are not handed over, beside ``model_type`` and the quantization, which is ours to read.
+
+    Raises:
+        CheckpointError: transformers refuses a value.
+    """
+    left_out = {"model_type", "quantization_config", *without}
+    try:
+        return kind(**{key: value for key, value in copy.deepcopy(dict(given)).items() if key not in left_out})
+    except Exception as error:  # validation of huggingface_hub raises several unrelated types
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"config.json is refused by transformers: {reason[:300]}") from None
+
+
 def one_rope_spelling(text: ConfigFields, given: Mapping[str, Any]) -> None:
     """Take the three historical spellings of rotary settings, which transformers merges, and refuse those that disagree.
 
@@ -161,7 +228,7 @@ def one_rope_spelling(text: ConfigFields, given: Mapping[str, Any]) -> None:
     thetas += [given["rope_theta"]] if given.get("rope_theta") is not None else []
     if len(spelled) > 1 or any(theta != thetas[0] for theta in thetas[1:]):
         raise UnsupportedError(
-            "config.json: rope_parameters, rope_scaling and rope_theta of text_config contradict each other",
+            f"config.json: rope_parameters, rope_scaling and rope_theta of {text.where} contradict each other",
             "keep one of rope_parameters and rope_scaling, and one rope_theta",
         )
 
@@ -175,7 +242,7 @@ def expect_axial_rope(vision: ConfigFields, defaults: Any) -> None:
     Raises:
         UnsupportedError: another type or base, or a field that is not known.
     """
-    rope = ConfigFields("vision_config.rope_parameters", dict(defaults.rope_parameters or {}), None)
+    rope = ConfigFields(vision.label("rope_parameters"), dict(defaults.rope_parameters or {}), None)
     for name in ("rope_parameters", "rope_scaling", "rope_theta"):
         vision.take(name)
     rope.expect("rope_type", "axial", why="transformers' tower knows no other")

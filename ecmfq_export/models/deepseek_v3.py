@@ -10,19 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
-from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, one_rope_spelling
+from ecmfq_export.models.config_fields import BOOKKEEPING, MAX_LAYERS, WRITTEN_BY_TRANSFORMERS_4, ConfigFields, one_rope_spelling
 from ecmfq_export.models.float_source import ExpertPart
 from ecmfq_export.models.spec import DecoderLayerSpec, DenseMlpSpec, MlaSpec, MoESpec, RopeSpec, RouterSpec
 
-_GENERATION = (
-    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
-    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
-    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "output_scores", "prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id",
-    "suppress_tokens", "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "typical_p",
-)  # fmt: skip
-
-HARMLESS = BOOKKEEPING | dict.fromkeys(_GENERATION, "generation default that transformers 4 copied into configs; not read") | {
+HARMLESS = BOOKKEEPING | WRITTEN_BY_TRANSFORMERS_4 | {
     "attention_dropout": "training only",
     "aux_loss_alpha": "training loss of the router",
     "seq_aux": "training loss of the router",
@@ -31,27 +23,8 @@ HARMLESS = BOOKKEEPING | dict.fromkeys(_GENERATION, "generation default that tra
     "pretraining_tp": "how training was spread over machines",
     "num_nextn_predict_layers": "heads for speculative decoding; their tensors would be refused as left over",
     "num_mtp_layers": "heads for speculative decoding; their tensors would be refused as left over",
-    "auto_map": "names remote code, which is never run",
-    "finetuning_task": "says what the model was trained for",
-    "torchscript": "how transformers 4 runs the model",
-    "use_bfloat16": "how transformers 4 runs the model",
-    "tf_legacy_loss": "TensorFlow only",
-    "_attn_implementation": "how transformers runs the model",
-    "_attn_implementation_autoset": "how transformers runs the model",
 }
 """Fields of the text section, and of any section that transformers 4 wrote, that do not change inference."""
-
-MAX_LAYERS = 10_000
-"""A damaged count must not keep the machine building layers."""
-
-
-def refuse_unused(section: ConfigFields) -> None:
-    """Options of transformers' base class that no model here reads: only their neutral value is accepted."""
-    section.expect("chunk_size_feed_forward", 0, None, why="the family's layers are not chunked")
-    for name in ("is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_encoder_decoder"):
-        section.expect(name, False, None, why="the family has no encoder-decoder form")
-    section.expect("cross_attention_hidden_size", None, why="the family has no encoder-decoder form")
-    section.expect("pruned_heads", {}, None, why="no head is pruned")
 
 
 def read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec, ...]:
@@ -68,7 +41,7 @@ def read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec,
     text.expect("topk_method", "noaux_tc", None, why="transformers' class always adds the selection bias")
     text.expect("moe_layer_freq", 1, None, why="transformers' class routes every layer after the dense ones")
     attention = _read_attention(text)
-    moe = _read_moe(text, hidden_size)
+    moe = read_moe(text, hidden_size)
     dense = DenseMlpSpec(hidden_size, text.whole("intermediate_size"))
     num_layers, num_dense = text.whole("num_hidden_layers", maximum=MAX_LAYERS), text.whole("first_k_dense_replace", 0)
     return tuple(DecoderLayerSpec(i, attention, dense if i < num_dense else moe) for i in range(num_layers))
@@ -93,7 +66,8 @@ def _read_attention(text: ConfigFields) -> MlaSpec:
     return spec
 
 
-def _read_moe(text: ConfigFields, hidden_size: int) -> MoESpec:
+def read_moe(text: ConfigFields, hidden_size: int) -> MoESpec:
+    """Routed and shared experts behind DeepSeek-V3's router; errors as :func:`read_layers`."""
     num_experts, top_k = text.whole("n_routed_experts"), text.whole("num_experts_per_tok")
     groups, top_groups = text.whole("n_group"), text.whole("topk_group")
     if num_experts % groups or top_groups > groups or top_k > top_groups * (num_experts // groups):

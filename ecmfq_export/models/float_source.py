@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ecmfq_export.errors import CheckpointError
-from ecmfq_export.models.checkpoint import Checkpoint
+from ecmfq_export.models.checkpoint import Checkpoint, preview
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -135,6 +135,26 @@ class ExpertsSource:
             first, last = max(start, part.expert), min(stop, part.expert + part.num_experts)
             if first < last:
                 yield part, first, last
+
+
+def check_one_half_type(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """The 16-bit floating tensors among `names` on disk must all be float16 or all bfloat16: a damaged header or a shard of another
+    checkpoint would pass every check of sizes, and its values mean something else.
+
+    Raises:
+        CheckpointError: both are there; naming tensors of the rarer type.
+    """
+    halves: dict[torch.dtype, list[str]] = {}
+    for name in names:
+        if checkpoint.dtype(name) in (torch.float16, torch.bfloat16):
+            halves.setdefault(checkpoint.dtype(name), []).append(name)
+    if len(halves) > 1:
+        (few, rare), (many, usual) = sorted(halves.items(), key=lambda item: len(item[1]))
+        file = checkpoint.entry(rare[0]).file.name
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(rare)} tensors are {few} ({preview(sorted(rare))}, in {file}) and {len(usual)} are {many}",
+            "a header is damaged or a shard belongs to another checkpoint; download it again, or save the model in one dtype",
+        )
 
 
 def check_source(checkpoint: Checkpoint, source: FloatSource | ExpertsSource) -> None:

@@ -66,7 +66,7 @@ def prepare_inputs(
         dtype: of the floating results.
 
     Raises:
-        UserError: no samples, token ids outside the vocabulary, video tokens, or image tokens that do not match the images.
+        UserError: no samples, token ids outside the vocabulary, video or audio tokens, or image tokens that do not match the images.
     """
     if not samples or any(not len(sample.input_ids) for sample in samples):
         raise UserError("an empty prompt cannot be run", "give at least one token a prompt")
@@ -79,8 +79,9 @@ def prepare_inputs(
         types[row, : lengths[row]] = host_inputs.token_types(sample.input_ids, spec.image_token_id)
     if ids.min() < 0 or ids.max() >= spec.vocab_size:
         raise UserError(f"token id {ids.max() if ids.min() >= 0 else ids.min()} is outside the vocabulary of {spec.vocab_size}")
-    if spec.video_token_id is not None and (ids == spec.video_token_id).any():
-        raise UserError("video input is not supported", "give images")
+    for kind, token in (("video", spec.video_token_id), ("audio", spec.audio_token_id)):
+        if token is not None and (ids == token).any():
+            raise UserError(f"{kind} input is not supported", "give images")
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     grids = [sample.image_grid_thw for sample in samples if sample.image_grid_thw is not None]
     grid = np.concatenate(grids) if grids else None
@@ -135,7 +136,7 @@ def run_vision(
     device = next(vision.parameters()).device
     patches = torch.from_numpy(np.ascontiguousarray(pixel_values, np.float32)).to(device)
     out = vision(patches, grid_thw=torch.from_numpy(np.ascontiguousarray(image_grid_thw, np.int64)).to(device))
-    return out.pooler_output.cpu(), [feature.cpu() for feature in out.deepstack_features]
+    return out.pooler_output.cpu(), [feature.cpu() for feature in getattr(out, "deepstack_features", None) or ()]
 
 
 def _scatter(base: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,20 @@ classes (``save_pretrained(..., save_original_format=False)``), which compute th
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models import deepseek_v3, kimi_vision
-from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, expect_axial_rope
+from ecmfq_export.models.config_fields import (
+    BOOKKEEPING,
+    MAX_LAYERS,
+    ConfigFields,
+    built,
+    expect_axial_rope,
+    refuse_unused,
+    subsection,
+)
 from ecmfq_export.models.float_source import ExpertPart
 from ecmfq_export.models.spec import MlaSpec, ModelSpec, MoESpec, VisionSpec
 
@@ -41,7 +48,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     """
     top = ConfigFields("", config, SimpleNamespace(media_placeholder_token_id=163605))
     top.expect("architectures", ["KimiVLForConditionalGeneration"], None, why="only the generating model is handled")
-    text_given, vision_given = (_section(top.take(name), name) for name in ("text_config", "vision_config"))
+    text_given, vision_given = (subsection(top.take(name), name) for name in ("text_config", "vision_config"))
     defaults = _text_defaults(text_given)
     text = ConfigFields("text_config", text_given, defaults)
     tied = text.flag("tie_word_embeddings")
@@ -58,7 +65,7 @@ def read_k25_spec(config: dict[str, Any]) -> ModelSpec:
     defaults = _k25_config(config)
     top = ConfigFields("", config, defaults)
     top.expect("architectures", ["Kimi_K25ForConditionalGeneration"], None, why="only transformers' generating class is handled")
-    text_given, vision_given = (_section(top.take(name), name) for name in ("text_config", "vision_config"))
+    text_given, vision_given = (subsection(top.take(name), name) for name in ("text_config", "vision_config"))
     text = ConfigFields("text_config", text_given, defaults.text_config)
     text.take("tie_word_embeddings")  # transformers ties by the top level's field
     vision = _k25_vision(top, vision_given, defaults.vision_config, text.whole("hidden_size"))
@@ -94,7 +101,7 @@ def _spec(
     )
     if image_token_id >= spec.vocab_size:
         raise CheckpointError(f"config.json: image token {image_token_id} is outside vocab_size = {spec.vocab_size}")
-    deepseek_v3.refuse_unused(text)
+    refuse_unused(text)
     text.finish(deepseek_v3.HARMLESS)
     return spec
 
@@ -102,40 +109,20 @@ def _spec(
 def _finish(top: ConfigFields) -> None:
     for name in ("model_type", "quantization_config"):  # the registry and models/quantized_reader.py read them
         top.take(name)
-    deepseek_v3.refuse_unused(top)
+    refuse_unused(top)
     top.finish(_TOP_HARMLESS)
-
-
-def _section(value: Any, name: str) -> dict[str, Any]:
-    # None, or transformers' instance, where the file has no such section: every field is a default.
-    if value is None or hasattr(value, "model_type"):
-        return {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"config.json: {name} is no object")
-    return value
 
 
 def _text_defaults(given: dict[str, Any]) -> Any:
     from transformers import DeepseekV3Config
 
-    # A copy, since transformers edits what it is given.
-    known = {key: value for key, value in copy.deepcopy(given).items() if key not in deepseek_v3.HARMLESS and key != "model_type"}
-    return _built(DeepseekV3Config, known)
+    return built(DeepseekV3Config, given, without=deepseek_v3.HARMLESS)
 
 
 def _k25_config(config: dict[str, Any]) -> Kimi_K25Config:
     from transformers import Kimi_K25Config
 
-    given = {key: value for key, value in copy.deepcopy(config).items() if key not in ("model_type", "quantization_config")}
-    return _built(Kimi_K25Config, given)
-
-
-def _built(kind: Any, given: dict[str, Any]) -> Any:
-    try:
-        return kind(**given)
-    except Exception as error:  # validation of huggingface_hub raises several unrelated types
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"config.json is refused by transformers: {reason[:300]}") from None
+    return built(Kimi_K25Config, config)
 
 
 def _published_vision(given: dict[str, Any], text_hidden_size: int) -> VisionSpec:
@@ -160,7 +147,7 @@ def _k25_vision(top: ConfigFields, given: dict[str, Any], defaults: Any, text_hi
 def _vision(vision: ConfigFields, table: str, text_hidden_size: int) -> VisionSpec:
     vision.expect("hidden_act", "gelu_pytorch_tanh", why="no such tower was checked")
     vision.whole("intermediate_size")  # the tower's shapes show it
-    deepseek_v3.refuse_unused(vision)
+    refuse_unused(vision)
     merge, side = vision.wholes("merge_kernel_size"), vision.whole(f"{table}_height")
     if len(merge) != 2 or merge[0] != merge[1] or merge[0] < 1 or vision.whole(f"{table}_width") != side:
         raise UnsupportedError(
@@ -170,7 +157,7 @@ def _vision(vision: ConfigFields, table: str, text_hidden_size: int) -> VisionSp
         )
     spec = VisionSpec(
         hidden_size=vision.whole("hidden_size"),
-        num_layers=vision.whole("num_hidden_layers", maximum=deepseek_v3.MAX_LAYERS),
+        num_layers=vision.whole("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=vision.whole("num_attention_heads"),
         in_channels=3,
         patch_size=vision.whole("patch_size"),

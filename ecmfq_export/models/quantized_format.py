@@ -32,7 +32,7 @@ from ecmfq_export.quant.pack import pack_int4
 from ecmfq_export.quant.qtensor import QTensor
 
 _SIDE_FILES = re.compile(r".*\.(json|jinja|txt|model|md)|LICENSE.*|NOTICE.*")
-_WEIGHT_FILES = re.compile(r".*\.index\.json|config\.json|manifest\.json|README\.md")
+_WEIGHT_FILES = re.compile(r".*\.index\.json|config\.json|quant(ize)?_config\.json|manifest\.json|README\.md")
 _SMALL = re.compile(r"norm\.weight$|\.router\.weight$|\.bias$")
 """What folds leave in floating point; all of it together is small beside a layer's weights."""
 
@@ -100,6 +100,8 @@ class QuantizedWriter:
     def finish(self, rest: Mapping[str, torch.Tensor | QTensor] | None = None) -> MoEVLM:
         """Write what is in no layer, the index, config.json and the tokenizer's files; open and return the result.
 
+        Tensors that text and images do not need (``MoEVLM.unused``) are copied as they are, so that the result is a whole model.
+
         Args:
             rest: changed tensors outside the layers by canonical name (``"norm.weight"``, ``"lm_head.weight"``); all others are
                 copied unchanged.
@@ -115,7 +117,7 @@ class QuantizedWriter:
             raise CheckpointError(f"{self.work_dir} lacks {len(missing)} layers, the first is {missing[0]}", "run again")
         outside = [name for name in self.model.names() if not name.startswith("layers.")]
         rest_shard = self._shard(len(layers))
-        self._write(rest_shard, outside, rest or {})
+        self._write(rest_shard, outside, rest or {}, self.model.unused)
         weight_map: dict[str, str] = {}
         total = 0
         for shard in [*(self._shard(index) for index in layers), rest_shard]:
@@ -124,7 +126,7 @@ class QuantizedWriter:
                 total += entry.num_bytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.work_dir / INDEX_FILE, index)
-        config = dict(self.model.config)
+        config = {key: value for key, value in self.model.config.items() if key != "quantization_config"}
         schemes = self._schemes(weight_map)
         quantization = quantization_config(schemes, self.model)
         if quantization is not None:
@@ -139,7 +141,9 @@ class QuantizedWriter:
     def _shard(self, index: int) -> Path:
         return self.work_dir / f"model-{index + 1:05d}-of-{self.model.spec.num_layers + 1:05d}.safetensors"
 
-    def _write(self, shard: Path, names: Iterable[str], given: Mapping[str, torch.Tensor | QTensor]) -> None:
+    def _write(
+        self, shard: Path, names: Iterable[str], given: Mapping[str, torch.Tensor | QTensor], copied: Iterable[str] = ()
+    ) -> None:
         names = list(names)
         unknown = sorted(set(given) - set(names))
         if unknown:
@@ -154,6 +158,8 @@ class QuantizedWriter:
                 entries.update(_quantized_entries(self.model, name, tensor))
             else:
                 entries.update(self._float_entries(name, tensor))
+        checkpoint = self.model.checkpoint
+        entries |= {name: TensorToWrite(checkpoint.dtype(name), checkpoint.shape(name), partial(checkpoint.load, name)) for name in copied}
         write_safetensors(shard, entries)
 
     def _float_entries(self, name: str, tensor: torch.Tensor | None) -> dict[str, TensorToWrite]:
@@ -233,6 +239,7 @@ def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[st
     ignore += [
         model.family.disk_name(name).removesuffix(".weight") for name in model.names() if name.endswith("mlp.router.weight")
     ]
+    ignore += [f"re:^{re.escape(prefix)}.*" for prefix in model.family.unused if any(name.startswith(prefix) for name in model.unused)]
     formats = {scheme.storage for scheme in targets}
     return {
         "quant_method": "compressed-tensors",

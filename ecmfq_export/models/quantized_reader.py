@@ -36,6 +36,9 @@ EXPERT_PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """Canonical fused expert tensors and the modules that each expert has on disk, in row order."""
 
+_NOT_LINEAR = ("embed_tokens.weight", "pos_embed.weight", "position_embedding.weight", "mlp.router.weight")
+"""Ends of names of matrices that are no linear module's weight: tables, and the routers, which are modules of their own kind."""
+
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -241,7 +244,7 @@ def quantizable_modules(
             owners += [f"{routed.removesuffix('experts')}shared_experts.{expert}" for expert in range(num_shared)]
             return tuple(tuple(f"{owner}.{part}" for part in parts) for owner in owners)
     linear = name.endswith(".weight") and len(shape) == 2
-    if not linear or name.endswith(("embed_tokens.weight", "pos_embed.weight", "mlp.router.weight")):
+    if not linear or name.endswith(_NOT_LINEAR):
         return ()
     return ((disk_name(name).removesuffix(".weight"),),)
 
@@ -251,7 +254,7 @@ def _groups(quantization: Any) -> tuple[list[tuple[list[str], Scheme]], list[str
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise UnsupportedError(
             f"quantization_config of method {method!r} is not supported",
-            "give the floating-point checkpoint, or one quantized by ecmfq-export (compressed-tensors)",
+            "supported: gptq, awq, compressed-tensors; or give the floating-point checkpoint",
         )
     if quantization.get("quantization_status", "compressed") != "compressed":
         raise UnsupportedError(f"quantization_status {quantization.get('quantization_status')!r}", "expected 'compressed'")

@@ -5,12 +5,20 @@ Facts are those of transformers 5.23, ``models/qwen3_vl_moe`` and ``conversion_m
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
-from ecmfq_export.models.config_fields import BOOKKEEPING, ConfigFields, expect_axial_rope, one_rope_spelling
+from ecmfq_export.models.config_fields import (
+    BOOKKEEPING,
+    MAX_LAYERS,
+    ConfigFields,
+    built,
+    expect_axial_rope,
+    one_rope_spelling,
+    refuse_unused,
+    subsection,
+)
 from ecmfq_export.models.spec import (
     DecoderLayerSpec,
     DenseMlpSpec,
@@ -25,17 +33,16 @@ from ecmfq_export.models.spec import (
 if TYPE_CHECKING:
     import torch
 
-_TEXT_HARMLESS = BOOKKEEPING | {
+TEXT_HARMLESS = BOOKKEEPING | {
     "attention_dropout": "training only",
     "output_router_logits": "asks for the training loss of the router",
     "router_aux_loss_coef": "training loss of the router",
     "max_window_layers": "read together with use_sliding_window, which is refused where true",
-    "tie_word_embeddings": "transformers ties by the top level's field",
+    "tie_word_embeddings": "transformers ties by the field of the level above",
 }
+"""Fields of the text section that do not change inference, with the reason."""
 
-
-_MAX_LAYERS = 1000
-"""A damaged count must not keep the machine building layers."""
+_TOP_HARMLESS = BOOKKEEPING | {"rope_parameters": "transformers 5.24 writes one here too; its model reads text_config's"}
 
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
@@ -50,74 +57,78 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     top.take("quantization_config")  # models/quantized_reader.py reads it
     top.expect("architectures", ["Qwen3VLMoeForConditionalGeneration"], None, why="only the generating model is handled")
     top.expect("model_type", "qwen3_vl_moe", why="another family")
-    text_given, vision_given = (_section(top.take(name), name) for name in ("text_config", "vision_config"))
+    text_given, vision_given = (subsection(top.take(name), name) for name in ("text_config", "vision_config"))
     text = ConfigFields("text_config", text_given, defaults.text_config, {"num_experts": ("num_local_experts",)})
     text.expect("model_type", "qwen3_vl_moe_text", why="another decoder than this family's")
+    text.expect("norm_topk_prob", True, None, why="transformers' class always renormalizes the selected scores")
+    vision = vision_fields("vision_config", vision_given, defaults.vision_config)
+    vision.expect("model_type", "qwen3_vl_moe_vision", "qwen3_vl_moe", why="another vision tower than this family's")
+    spec = read_model(
+        "qwen3_vl_moe", text, text_given, vision, defaults.text_config, tied=top.flag("tie_word_embeddings"), renormalize=True,
+        tokens={name: top.whole(name, 0) for name in
+                ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")},
+    )  # fmt: skip
+    vision.finish(BOOKKEEPING)
+    text.finish(TEXT_HARMLESS)
+    refuse_unused(top)
+    top.finish(_TOP_HARMLESS)
+    return spec
+
+
+def read_model(
+    family: str, text: ConfigFields, given: dict[str, Any], vision_section: ConfigFields, text_defaults: Any, *, tied: bool,
+    renormalize: bool, tokens: dict[str, int | None],
+) -> ModelSpec:  # fmt: skip
+    """The spec of a model with this decoder and this tower; the caller finishes the sections.
+
+    Args:
+        given: what the file says in the text section.
+        text_defaults: transformers' text config.
+        renormalize: whether the selected scores are divided by their sum.
+        tokens: token ids, by the names of ModelSpec's fields.
+
+    Raises:
+        CheckpointError: sizes contradict each other.
+        UnsupportedError: a value that changes the model and is not handled.
+    """
     hidden_size = text.whole("hidden_size")
-    vision = _read_vision(vision_given, defaults.vision_config, hidden_size)
-    layers = _read_layers(text, hidden_size)
+    vision = _read_vision(vision_section, hidden_size)
+    layers = _read_layers(text, hidden_size, renormalize)
     spec = ModelSpec(
-        family="qwen3_vl_moe",
+        family=family,
         hidden_size=hidden_size,
         vocab_size=text.whole("vocab_size"),
         rms_norm_eps=text.number("rms_norm_eps"),
-        tie_word_embeddings=top.flag("tie_word_embeddings"),
+        tie_word_embeddings=tied,
         max_position_embeddings=text.whole("max_position_embeddings"),
-        rope=_read_rope(text, text_given, defaults.text_config, layers[0].attention.head_dim),
+        rope=_read_rope(text, given, text_defaults, layers[0].attention.head_dim),
         layers=layers,
         vision=vision,
-        image_token_id=top.whole("image_token_id", 0),
-        video_token_id=top.whole("video_token_id", 0),
-        vision_start_token_id=top.whole("vision_start_token_id", 0),
-        vision_end_token_id=top.whole("vision_end_token_id", 0),
+        **tokens,
     )
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        if getattr(spec, name) >= spec.vocab_size:
-            raise CheckpointError(f"config.json: {name} = {getattr(spec, name)} is outside vocab_size = {spec.vocab_size}")
+    for name, token in tokens.items():
+        if token is not None and token >= spec.vocab_size:
+            raise CheckpointError(f"config.json: {name} = {token} is outside vocab_size = {spec.vocab_size}")
     if len(vision.deepstack_layers) > len(layers):
         raise UnsupportedError(
             f"config.json: {len(vision.deepstack_layers)} DeepStack features for {len(layers)} decoder layers",
             "each feature is added after one decoder layer",
         )
-    for section, harmless in ((text, _TEXT_HARMLESS), (top, BOOKKEEPING)):
-        _refuse_unused(section)
-        section.finish(harmless)
+    refuse_unused(text)
     return spec
-
-
-def _refuse_unused(section: ConfigFields) -> None:
-    """Options of transformers' base class that this family's model does not read: only their neutral value is accepted."""
-    section.expect("chunk_size_feed_forward", 0, None, why="the family's layers are not chunked")
-    section.expect("is_encoder_decoder", False, None, why="the family has no encoder-decoder form")
 
 
 def _transformers_config(config: dict[str, Any]) -> Any:
     from transformers import Qwen3VLMoeConfig
 
-    # A copy, since transformers edits what it is given. The quantization is ours to read.
-    given = {key: value for key, value in copy.deepcopy(config).items() if key not in ("model_type", "quantization_config")}
-    try:
-        return Qwen3VLMoeConfig(**given)
-    except Exception as error:  # validation of huggingface_hub raises several unrelated types
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"config.json is refused by transformers: {reason[:300]}") from None
+    return built(Qwen3VLMoeConfig, config)
 
 
-def _section(value: Any, name: str) -> dict[str, Any]:
-    # transformers' instance where the file has no such section: every field is a default.
-    if value is None or not isinstance(value, dict):
-        if hasattr(value, "model_type"):
-            return {}
-        raise CheckpointError(f"config.json: {name} is no object")
-    return value
-
-
-def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec, ...]:
+def _read_layers(text: ConfigFields, hidden_size: int, renormalize: bool) -> tuple[DecoderLayerSpec, ...]:
     text.expect("hidden_act", "silu", why="experts and kernels are gated by SiLU")
-    text.expect("norm_topk_prob", True, None, why="transformers' class always renormalizes the selected scores")
     text.expect("sliding_window", None, why="attention is over the whole context")
     text.expect("use_sliding_window", False, None, why="attention is over the whole context")
-    num_layers = text.whole("num_hidden_layers", maximum=_MAX_LAYERS)
+    num_layers = text.whole("num_hidden_layers", maximum=MAX_LAYERS)
     text.expect("layer_types", None, ["full_attention"] * num_layers, why="attention is over the whole context")
     num_heads, num_kv_heads = text.whole("num_attention_heads"), text.whole("num_key_value_heads")
     head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
@@ -126,11 +137,12 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
             f"config.json: num_attention_heads = {num_heads} of head_dim = {head_dim}, num_key_value_heads = {num_kv_heads}",
             "query heads must be a multiple of key/value heads, head_dim even",
         )
-    attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=text.flag("attention_bias"))
+    bias = text.flag("attention_bias")
+    attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=bias, output_bias=bias)
     num_experts, top_k = text.whole("num_experts"), text.whole("num_experts_per_tok")
     if top_k > num_experts:
         raise CheckpointError(f"config.json: num_experts_per_tok = {top_k} of num_experts = {num_experts}")
-    router = RouterSpec(scoring="softmax", renormalize=True)
+    router = RouterSpec(scoring="softmax", renormalize=renormalize)
     moe = MoESpec(hidden_size, text.whole("moe_intermediate_size"), num_experts, top_k, router)
     dense = DenseMlpSpec(hidden_size, text.whole("intermediate_size"))
     step, dense_layers = text.whole("decoder_sparse_step"), text.take("mlp_only_layers")
@@ -143,10 +155,11 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
 def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_dim: int) -> RopeSpec:
     """`defaults` has the three historical spellings (rope_parameters, rope_scaling, rope_theta) merged already."""
     one_rope_spelling(text, given)
-    rope = ConfigFields("text_config.rope_parameters", dict(defaults.rope_parameters), None)
+    rope = ConfigFields(text.label("rope_parameters"), dict(defaults.rope_parameters), None)
     rope.expect("rope_type", "default", why="only unscaled rotary embedding is handled")
     rope.expect("type", "default", None, why="only unscaled rotary embedding is handled")
-    rope.expect("mrope_interleaved", True, None, why="transformers' class always interleaves")
+    for name in ("mrope_interleaved", "interleaved"):
+        rope.expect(name, True, None, why="transformers' class always interleaves")
     theta = rope.number("rope_theta")
     # The class's own default where the file names no sections.
     sections = (24, 20, 20) if rope.take("mrope_section") is None else rope.wholes("mrope_section")
@@ -158,23 +171,25 @@ def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_di
             owners[frequency] = axis
     if len(sections) != 3 or tuple(owners.count(axis) for axis in range(3)) != sections:
         raise UnsupportedError(
-            f"config.json: mrope_section = {list(sections)} does not interleave over head_dim / 2 = {half} frequencies",
+            f"config.json: {rope.label('mrope_section')} = {list(sections)} does not interleave over head_dim / 2 = {half} frequencies",
             "expected three sections that sum to head_dim / 2, rows and columns at most a third each",
         )
     return RopeSpec("mrope_interleaved", theta, sections, head_dim)
 
 
-def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> VisionSpec:
-    vision = ConfigFields(
-        "vision_config", given, defaults, {"num_heads": ("num_attention_heads",), "depth": ("num_hidden_layers",)}
-    )
-    vision.expect("model_type", "qwen3_vl_moe_vision", "qwen3_vl_moe", why="another vision tower than this family's")
+def vision_fields(where: str, given: dict[str, Any], defaults: Any) -> ConfigFields:
+    """A vision section, whose rotary fields are read."""
+    vision = ConfigFields(where, given, defaults, {"num_heads": ("num_attention_heads",), "depth": ("num_hidden_layers",)})
+    expect_axial_rope(vision, defaults)
+    return vision
+
+
+def _read_vision(vision: ConfigFields, hidden_size: int) -> VisionSpec:
     vision.expect("hidden_act", "gelu_pytorch_tanh", why="no such tower was checked")
     vision.whole("intermediate_size")  # the tower's shapes show it
-    expect_axial_rope(vision, defaults)
     spec = VisionSpec(
         hidden_size=vision.whole("hidden_size"),
-        num_layers=vision.whole("depth", maximum=_MAX_LAYERS),
+        num_layers=vision.whole("depth", maximum=MAX_LAYERS),
         num_heads=vision.whole("num_heads"),
         in_channels=vision.whole("in_channels"),
         patch_size=vision.whole("patch_size"),
@@ -184,8 +199,7 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
         num_position_embeddings=vision.whole("num_position_embeddings"),
         deepstack_layers=vision.wholes("deepstack_visual_indexes"),
     )
-    _refuse_unused(vision)
-    vision.finish(BOOKKEEPING)
+    refuse_unused(vision)
     if spec.out_hidden_size != hidden_size:
         raise CheckpointError(f"config.json: vision out_hidden_size {spec.out_hidden_size}, text hidden_size {hidden_size}")
     if spec.hidden_size % (4 * spec.num_heads):

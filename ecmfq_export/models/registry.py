@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.json_file import read_json
-from ecmfq_export.models import kimi_vision, kimi_vl, qwen3_vl_moe
+from ecmfq_export.models import glm4v_moe, kimi_vision, kimi_vl, qwen3_omni_moe, qwen3_vl_moe
+from ecmfq_export.models.family_facts import REFUSED
 from ecmfq_export.models.float_source import ExpertPart
 from ecmfq_export.models.spec import ModelSpec
 
@@ -37,6 +38,7 @@ class Family:
         finish_vision: puts the buffers that no checkpoint holds into a tower whose parameters are loaded.
         residual_writers: a spec to the canonical tensors of the vision tower whose rows (or only axis) enter the decoder's residual
             stream: weight and bias of its last projections.
+        unused: prefixes of names on disk to what their tensors are for, where text and images do not need them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Family:
     vision_state: Callable[[torch.nn.Module, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     finish_vision: Callable[[torch.nn.Module], None]
     residual_writers: Callable[[ModelSpec], tuple[str, ...]]
+    unused: Mapping[str, str] = field(default_factory=dict)
 
 
 def _one_tensor(spec: ModelSpec, name: str) -> tuple[ExpertPart, ...]:
@@ -71,6 +74,44 @@ SUPPORTED: Mapping[str, Family] = {
         vision_state=_same_state,
         finish_vision=qwen3_vl_moe.finish_vision,
         residual_writers=qwen3_vl_moe.residual_writers,
+    ),
+    "qwen3_omni_moe": Family(
+        name="qwen3_omni_moe",
+        model_type="qwen3_omni_moe",
+        read_spec=qwen3_omni_moe.read_spec,
+        disk_name=qwen3_omni_moe.disk_name,
+        expert_parts=qwen3_omni_moe.expert_parts,
+        vision_shapes=qwen3_omni_moe.vision_shapes,
+        build_vision=qwen3_omni_moe.build_vision,
+        vision_state=_same_state,
+        finish_vision=qwen3_vl_moe.finish_vision,
+        residual_writers=qwen3_omni_moe.residual_writers,
+        unused=qwen3_omni_moe.UNUSED,
+    ),
+    "qwen3_omni_moe_thinker": Family(
+        name="qwen3_omni_moe_thinker",
+        model_type="qwen3_omni_moe_thinker",
+        read_spec=qwen3_omni_moe.read_thinker_spec,
+        disk_name=qwen3_omni_moe.thinker_disk_name,
+        expert_parts=qwen3_omni_moe.thinker_expert_parts,
+        vision_shapes=qwen3_omni_moe.vision_shapes,
+        build_vision=qwen3_omni_moe.build_vision,
+        vision_state=_same_state,
+        finish_vision=qwen3_vl_moe.finish_vision,
+        residual_writers=qwen3_omni_moe.residual_writers,
+        unused=qwen3_omni_moe.THINKER_UNUSED,
+    ),
+    "glm4v_moe": Family(
+        name="glm4v_moe",
+        model_type="glm4v_moe",
+        read_spec=glm4v_moe.read_spec,
+        disk_name=glm4v_moe.disk_name,
+        expert_parts=glm4v_moe.expert_parts,
+        vision_shapes=glm4v_moe.vision_shapes,
+        build_vision=glm4v_moe.build_vision,
+        vision_state=_same_state,
+        finish_vision=qwen3_vl_moe.finish_vision,
+        residual_writers=glm4v_moe.residual_writers,
     ),
     "kimi_vl": Family(
         name="kimi_vl",
@@ -139,5 +180,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     family = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnsupportedError(f"model_type {model_type!r} is not supported", f"supported: {', '.join(sorted(SUPPORTED))}")
+        reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
+        raise UnsupportedError(f"model_type {model_type!r} is not supported" + (f": {reason}" if reason else ""),
+                               f"supported: {', '.join(sorted(SUPPORTED))}")
     return family

@@ -72,7 +72,8 @@ class RotatedModel(MoEVLM):
     """`model` in the basis that `seed` gives; everything of :class:`MoEVLM` in it.
 
     Args:
-        model: floating point.
+        model: floating point. Tensors that text and images do not need (``MoEVLM.unused``) are no part of the view: what reads or
+            writes the residual stream among them would compute wrongly in another basis.
         seed: of the rotations.
         values: whether values are rotated within heads too.
         dtype: of every tensor that changes; the others keep their stored one.
@@ -199,12 +200,20 @@ def _untied(model: MoEVLM) -> tuple[dict[str, Any], ModelSpec]:
     if not model.spec.tie_word_embeddings:
         return config, model.spec
     config["tie_word_embeddings"] = False
-    if isinstance(config.get("text_config"), dict) and "tie_word_embeddings" in config["text_config"]:
-        config["text_config"]["tie_word_embeddings"] = False
+    _untie(config)
     spec = model.family.read_spec(config)
     if spec != replace(model.spec, tie_word_embeddings=False):
         raise UnsupportedError(f"{model.path}: its tied embeddings cannot be untied", "set rotate = 'none'")
     return config, spec
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Say at every level that says something of it that embeddings are not tied."""
+    for key, value in config.items():
+        if key == "tie_word_embeddings":
+            config[key] = False
+        elif isinstance(value, dict):
+            _untie(value)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

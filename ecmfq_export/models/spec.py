@@ -7,7 +7,7 @@ Canonical tensor names, shared by the loader, the stages, the quantized checkpoi
 
     embed_tokens.weight                          [vocab_size, hidden_size]
     layers.{i}.input_layernorm.weight            [hidden_size]
-    layers.{i}.self_attn.{q,k,v,o}_proj.weight   [out_features, in_features]   (.bias where GqaSpec.bias)
+    layers.{i}.self_attn.{q,k,v,o}_proj.weight   [out_features, in_features]   (.bias where GqaSpec.bias, GqaSpec.output_bias)
     layers.{i}.self_attn.{q,k}_norm.weight       [head_dim]                    (where GqaSpec.qk_norm)
 
     layers.{i}.self_attn.q_proj.weight           [num_heads * qk_head_dim, hidden_size]   (MlaSpec without q_lora_rank)
@@ -99,13 +99,21 @@ class DenseMlpSpec:
 
 @dataclass(frozen=True)
 class GqaSpec:
-    """Grouped-query attention with optional per-head RMS norms of queries and keys; scale ``head_dim ** -0.5``."""
+    """Grouped-query attention with optional per-head RMS norms of queries and keys; scale ``head_dim ** -0.5``.
+
+    The first ``RopeSpec.head_dim`` channels of a head are rotated, which may be all.
+
+    Attributes:
+        bias: whether the projections of queries, keys and values have one.
+        output_bias: whether the output projection has one.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qk_norm: bool
     bias: bool = False
+    output_bias: bool = False
 
     @property
     def key_head_dim(self) -> int:
@@ -179,12 +187,13 @@ class RopeSpec:
 
     Attributes:
         kind: ``rope``: a token's place in the sequence. ``mrope_interleaved`` (Qwen3-VL): three axes (temporal, height, width)
-            that own frequencies in the order T H W T H W ...
+            that own frequencies in the order T H W T H W ... ``mrope`` (Qwen2-VL, GLM-4.5V): the same axes own sections of neighbouring
+            frequencies, T, then H, then W.
         sections: frequencies that each axis owns (sum ``head_dim / 2``); empty for ``rope``.
         head_dim: channels of a head that are rotated.
     """
 
-    kind: Literal["mrope_interleaved", "rope"]
+    kind: Literal["mrope_interleaved", "mrope", "rope"]
     theta: float
     sections: tuple[int, ...]
     head_dim: int
@@ -239,6 +248,9 @@ class ModelSpec:
 
     The first ``len(vision.deepstack_layers)`` decoder layers each add one dense DeepStack feature tensor to their output. Token
     ids that the config does not name are None.
+
+    Attributes:
+        video_token_id, audio_token_id: placeholders of inputs that are not run; prompts that hold them are refused.
     """
 
     family: str
@@ -254,6 +266,7 @@ class ModelSpec:
     vision_start_token_id: int | None
     vision_end_token_id: int | None
     video_token_id: int | None
+    audio_token_id: int | None = None
 
     @property
     def num_layers(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch.nn import functional as F
@@ -62,6 +63,7 @@ class DecoderLayer:
     quantized: dict[str, QTensor] = field(default_factory=dict)
     down_block: int = 1
     _widened: dict[str, tuple[QTensor, IntegerWeight]] = field(default_factory=dict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def forward(
         self,
@@ -238,9 +240,10 @@ class DecoderLayer:
     def _integers(self, name: str) -> IntegerWeight:
         """The widened form of a quantized weight, kept until another QTensor takes its place."""
         weight = self.quantized[name]
-        kept = self._widened.get(name)
-        if kept is None or kept[0] is not weight:
-            kept = self._widened[name] = (weight, IntegerWeight.of(weight))
+        with self._lock:  # threads that compute experts of the same layer share it
+            kept = self._widened.get(name)
+            if kept is None or kept[0] is not weight:
+                kept = self._widened[name] = (weight, IntegerWeight.of(weight))
         return kept[1]
 
     def _latent_spec(self) -> MlaSpec:

@@ -63,7 +63,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the rotate-half form: x [B, heads, S, head_dim], cos and sin [B, S, head_dim]."""
+    """Rotary embedding in the rotate-half form of the first channels: x [B, heads, S, head_dim], cos and sin [B, S, rotated]."""
+    if cos.shape[-1] < x.shape[-1]:
+        return torch.cat((rotate(x[..., : cos.shape[-1]], cos, sin), x[..., cos.shape[-1] :]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
@@ -188,11 +190,12 @@ class IntegerWeight:
     @classmethod
     def of(cls, weight: QTensor) -> IntegerWeight:
         """Widen `weight`; four bytes a value."""
-        values, largest = weight.qvalue.float(), grid_limit(weight.num_bits)
+        values, largest = weight.qvalue.float(), 8 if weight.num_bits == 4 else grid_limit(weight.num_bits)
         if weight.group_multiplier is not None:
             values.unflatten(-1, (-1, GROUP)).mul_(weight.group_multiplier.float().unsqueeze(-1))
             largest *= int(weight.group_multiplier.max())
-        step = max(1, _EXACT // (127 * largest))
+        # Grouped products want rows that start at multiples of 16 bytes.
+        step = max(4, _EXACT // (127 * largest) // 4 * 4)
         columns = values.shape[-1]
         parts = tuple(slice(start, min(start + step, columns)) for start in range(0, columns, step))
         return cls(values, weight.scale, parts)

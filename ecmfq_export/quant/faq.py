@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ecmfq_export.quant.gptq import gptq_bytes, quantize_gptq
-from ecmfq_export.quant.hessian import WeightedHessian, shrink, shrinkage
-from ecmfq_export.quant.qtensor import QTensor, cat_experts, chunked
+from ecmfq_export.quant.expert_threads import Threads
+from ecmfq_export.quant.gptq import quantize_gptq
+from ecmfq_export.quant.hessian import Blend, WeightedHessian, shrinkage
+from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip
 
 FEW_TOKENS_DAMP = 5.0
@@ -31,6 +32,7 @@ class FaqSettings:
         clip: rule of the scales.
         descending: whether the columns with the largest diagonal are rounded first.
         max_bytes: working memory.
+        threads: see :mod:`expert_threads`.
     """
 
     num_bits: int
@@ -41,6 +43,7 @@ class FaqSettings:
     clip: Clip = "mse"
     descending: bool = True
     max_bytes: int = DEFAULT_MAX_BYTES
+    threads: Threads = "experts"
 
 
 def quantize_faq(
@@ -65,15 +68,7 @@ def quantize_faq(
         target = target_cross = None
     elif target is None and weight.shape[0] > 1:
         target, target_cross = hessian.pooled()
-    parts: list[QTensor] = []
-    # Shrunk copies exist for a few experts at a time: a layer's Hessians are larger than its weights.
-    for part in chunked(weight.shape[0], gptq_bytes(*weight.shape[1:]), settings.max_bytes):
-        matrix, cross = hessian.matrix[part], None if hessian.cross is None else hessian.cross[part]
-        if target is not None:
-            shared, shared_cross = (t if t is None or t.ndim == 2 else t[part] for t in (target, target_cross))
-            matrix, cross = shrink(matrix, cross, shared, shared_cross, share[part])
-        parts.append(quantize_gptq(weight[part], matrix, settings.num_bits, settings.group_size,
-                                   percdamp=percdamp[part].clamp_max(1.0), cross=cross, cross_strength=settings.cross_strength,
-                                   clip=settings.clip, descending=settings.descending,
-                                   max_bytes=settings.max_bytes))
-    return cat_experts(parts)
+    blend = None if target is None else Blend.of(hessian.matrix, share, target, target_cross)
+    return quantize_gptq(weight, hessian.matrix, settings.num_bits, settings.group_size, percdamp=percdamp.clamp_max(1.0),
+                         cross=hessian.cross, cross_strength=settings.cross_strength, clip=settings.clip,
+                         descending=settings.descending, blend=blend, max_bytes=settings.max_bytes, threads=settings.threads)

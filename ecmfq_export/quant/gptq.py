@@ -23,15 +23,20 @@ import torch
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.quant.cholesky import solve_symmetric, upper_cholesky
-from ecmfq_export.quant.qtensor import QTensor, chunked, grid_limit
+from ecmfq_export.quant.expert_threads import Threads, for_slices
+from ecmfq_export.quant.hessian import Blend
+from ecmfq_export.quant.qtensor import QTensor, cat_experts, grid_limit
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip, choose_scale, effective_scale
 from ecmfq_export.quant.workspace import Workspace
 
-BLOCK = 128
-"""Columns rounded between two products with all the errors so far."""
+SUPER, BLOCK = 512, 128
+"""Columns rounded between two products with all the errors so far, and with those of the columns of the same stretch."""
 
 TILE, STRIP = 16, 4
 """Columns of the finer blocks inside: a tile's columns of a few experts stay in a core's cache."""
+
+AT_ONCE = 8
+"""Experts that a thread rounds at once: enough to hide what a call costs, few enough for its cache."""
 
 _RETRIES = 6
 _TRANSPOSE_COLUMNS = 32
@@ -40,7 +45,7 @@ _TRANSPOSE_COLUMNS = 32
 def quantize_gptq(
     weight: torch.Tensor, hessian: torch.Tensor, num_bits: int, group_size: int = -1, *, percdamp: float | torch.Tensor = 0.01,
     cross: torch.Tensor | None = None, cross_strength: float = 1.0, clip: Clip = "mse", descending: bool = True,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    blend: Blend | None = None, max_bytes: int = DEFAULT_MAX_BYTES, threads: Threads = "experts",
 ) -> QTensor:
     """Quantize every expert's weight against its Hessian.
 
@@ -52,28 +57,38 @@ def quantize_gptq(
         cross_strength: factor on the correction ``W D H^-1``; 1 is the minimizer, less trusts the samples less.
         clip: rule of the scales; where it searches, a column weighs as in the walk's error, ``L_kk^2``.
         descending: round the columns with the largest diagonal first; else in their own order.
-        max_bytes: working memory; experts are processed in chunks that fit (at least one).
+        blend: shared matrices that `hessian` and `cross` are blended towards first.
+        max_bytes: working memory of all threads together; fewer experts are computed at a time where it is small (at least one).
+        threads: see :mod:`expert_threads`.
 
     Returns:
-        A QTensor of the same shape. No row has a larger H-weighted error than rounding it to nearest on the same grid.
+        A QTensor of the same shape. No row has a larger H-weighted error than rounding it to nearest on the same grid. An expert's
+        part does not depend on the experts beside it.
 
     Raises:
         UserError: NaN or infinity, or a matrix that is not positive semidefinite even with heavy damping.
     """
     experts, rows, columns = weight.shape
     damp = torch.as_tensor(percdamp, dtype=torch.float32).expand(experts)
-    qvalue = torch.empty(weight.shape, dtype=torch.int8)
-    scales, multipliers, work = [], [], Workspace()
-    for part in chunked(experts, gptq_bytes(rows, columns) + 8 * columns * columns, max_bytes):
-        order = walk_order(hessian[part].diagonal(dim1=-2, dim2=-1), descending)
-        problem = Problem(ordered(hessian[part], order), damp[part], order,
-                          None if cross is None or not cross_strength else ordered(cross[part], order).mul_(cross_strength))
-        result = quantize_ordered(weight[part], problem, num_bits, group_size, clip, max_bytes, work)
-        qvalue[part] = result.qvalue
-        scales.append(result.scale)
-        if result.group_multiplier is not None:
-            multipliers.append(result.group_multiplier)
-    return QTensor(qvalue, torch.cat(scales), num_bits, group_size, torch.cat(multipliers) if multipliers else None)
+    crossed = cross is not None and bool(cross_strength)
+
+    def quantize(part: slice, work: Workspace) -> QTensor:
+        shape = (part.stop - part.start, columns, columns)
+        matrix, order = work.take("matrix", shape), torch.empty(shape[:2], dtype=torch.int64)
+        moved = work.take("cross", shape) if crossed else None
+        for place, expert in enumerate(range(part.start, part.stop)):
+            own = hessian[expert] if blend is None else blend.matrix(hessian[expert], expert, work.take("blend", shape[1:]))
+            order[place] = walk_order(own.diagonal(), descending)
+            _permute(own, order[place], matrix[place], work)
+            if moved is not None and cross is not None:
+                own = cross[expert] if blend is None else blend.cross(cross[expert], expert, work.take("blend", shape[1:]))
+                _permute(own, order[place], moved[place], work)
+                moved[place] *= cross_strength
+        return quantize_ordered(weight[part], Problem(matrix, damp[part], order, moved), num_bits, group_size, clip, work)
+
+    workers = 1 if threads == "operators" else torch.get_num_threads()
+    each = max_bytes // (workers * gptq_bytes(rows, columns, crossed))
+    return cat_experts(for_slices(experts, max(1, min(AT_ONCE, each)), quantize, threads))
 
 
 @dataclass(frozen=True)
@@ -93,10 +108,12 @@ class Problem:
     cross: torch.Tensor | None = None
 
 
-def gptq_bytes(rows: int, columns: int) -> int:
-    """Working memory of :func:`quantize_ordered` for one expert, beside its Hessian, its weight and the result."""
-    # The factor and its panels; three copies of the weight; int8 values in both layouts; blocks.
-    return 4 * (columns * columns + 3 * rows * columns) + 2 * rows * columns + 4 * 3 * BLOCK * (rows + columns)
+def gptq_bytes(rows: int, columns: int, cross: bool = False) -> int:
+    """Working memory of :func:`quantize_gptq` for one expert, beside its Hessian, its weight and the result."""
+    # The matrix in the walk's order, and its factor with panels; the weight, what is missing of it, and what rounding to nearest misses;
+    # int8 values in both layouts; blocks. The cross term: itself, its product with the weight, and the solution.
+    return (4 * (3 * columns * columns + 3 * rows * columns) + 2 * rows * columns + 4 * 3 * BLOCK * (rows + columns)
+            + cross * 4 * (columns * columns + 3 * rows * columns))
 
 
 def walk_order(diagonal: torch.Tensor, descending: bool = True) -> torch.Tensor:
@@ -106,18 +123,15 @@ def walk_order(diagonal: torch.Tensor, descending: bool = True) -> torch.Tensor:
     return torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)
 
 
-def ordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """A copy of [E, K, K] with rows and columns in `order` [E, K]."""
-    columns = matrix.gather(2, order.unsqueeze(1).expand_as(matrix))
-    return columns.gather(1, order.unsqueeze(2).expand_as(matrix))
+def _permute(matrix: torch.Tensor, order: torch.Tensor, out: torch.Tensor, work: Workspace) -> None:
+    """Write [K, K] with rows and columns in `order` [K] to `out`."""
+    torch.index_select(torch.index_select(matrix, 0, order, out=work.take("permuted", matrix.shape)), 1, order, out=out)
 
 
 def quantize_ordered(
-    weight: torch.Tensor, problem: Problem, num_bits: int, group_size: int, clip: Clip, max_bytes: int = DEFAULT_MAX_BYTES,
-    work: Workspace | None = None,
+    weight: torch.Tensor, problem: Problem, num_bits: int, group_size: int, clip: Clip, work: Workspace,
 ) -> QTensor:
     """GPTQ of all of `weight`'s experts at once; arguments and errors as :func:`quantize_gptq`."""
-    work = work or Workspace()
     limit, columns = grid_limit(num_bits), weight.shape[-1]
     diagonal = problem.matrix.diagonal(dim1=-2, dim2=-1)
     if not bool(torch.isfinite(diagonal).all()):
@@ -132,12 +146,12 @@ def quantize_ordered(
     weight = weight.float()
     target = work.take("target", (len(weight), columns, weight.shape[1]))
     if problem.cross is None:
-        scale, multiplier = choose_scale(weight, num_bits, group_size, clip, importance, max_bytes)
+        scale, multiplier = choose_scale(weight, num_bits, group_size, clip, importance)
         _to_columns(weight, position, target)
     else:
         _to_columns(weight, position, target)
         target += solve_symmetric(upper, problem.cross.mT @ target)
-        scale, multiplier = choose_scale(_to_rows(target, position), num_bits, group_size, clip, importance, max_bytes)
+        scale, multiplier = choose_scale(_to_rows(target, position), num_bits, group_size, clip, importance)
     step = None
     if multiplier is None:
         # One step a row: the walk runs in units of it.
@@ -145,8 +159,11 @@ def quantize_ordered(
     else:
         step = torch.empty_like(target)
         _to_columns(effective_scale(scale, multiplier, columns), position, step)
-    qvalue, error = _walk(target, upper, step, limit, work)
-    _keep_better_rows(qvalue, error, target, upper, step, limit, work)  # `target` holds what is missing now
+    weights = upper.diagonal(dim1=-2, dim2=-1).square()
+    for start, end in _blocks(columns):
+        upper[:, start:end, start:] /= upper[:, start:end, start:].diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+    qvalue, error = _walk(target, upper, weights, step, limit, work)
+    _keep_better_rows(qvalue, error, target, upper, weights, step, limit, work)  # `target` holds what is missing now
     return QTensor(_to_rows(qvalue, position), scale, num_bits, group_size, multiplier)
 
 
@@ -183,46 +200,51 @@ def _to_rows(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     return values.view(-1, rows).index_select(0, index.flatten()).view_as(values).mT.contiguous()
 
 
-def _blocks(columns: int) -> Iterator[tuple[int, int]]:
+def _blocks(columns: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
     """Start and end of each block, the last one first."""
-    for start in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        yield start, min(start + BLOCK, columns)
+    for start in range((columns - 1) // size * size, -1, -size):
+        yield start, min(start + size, columns)
 
 
 def _walk(
-    values: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
+    values: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round `values` [E, K, N], the target, and leave target minus grid point in it.
 
-    `step` [E, K, N] is the grid's; None where `values` is in units of it.
+    `unit` [E, K, K] is L^T, each row divided by its diagonal element, whose square is in `weights` [E, K]. `step` [E, K, N] is the
+    grid's; None where `values` is in units of it.
 
     Returns:
         int8 grid points [E, K, N] and each row's weighted error [E, N].
     """
     experts, columns, rows = values.shape
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)
     qvalue = work.take("qvalue", values.shape, torch.int8)
     error = torch.zeros(experts, rows)
-    for start, end in _blocks(columns):
-        width = end - start
-        unit = torch.div(upper[:, start:end, start:], diagonal[:, start:end].unsqueeze(-1),
-                         out=work.take("unit", (experts, width, columns - start)))
-        block = values[:, start:]
-        if end < columns:
-            block = torch.baddbmm(values[:, start:end], unit[:, :, width:], values[:, end:],
-                                  out=work.take("block", (experts, width, rows)))
-        inside, steps = values[:, start:end], None if step is None else step[:, start:end]
-        for low in range((width - 1) // TILE * TILE, -1, -TILE):
-            high = min(low + TILE, width)
-            value, grid = (work.take(name, (experts, high - low, rows)) for name in ("value", "grid"))
-            value.copy_(block[:, low:high])
-            if high < width:
-                value += unit[:, low:high, high:width] @ inside[:, high:]
-            _round_tile(value, grid, inside[:, low:high], unit[:, low:high, low:high],
-                        None if steps is None else steps[:, low:high], limit)
-            value.sub_(grid).mul_(diagonal[:, start + low : start + high].unsqueeze(-1))
-            error += value.square_().sum(1)
-            qvalue[:, start + low : start + high] = grid if steps is None else grid.div_(steps[:, low:high]).round_()
+    for outer, last in _blocks(columns, SUPER):
+        wide = values[:, outer:last]
+        if last < columns:
+            # What all columns behind this stretch leave to be done in it, in one product with many rows.
+            wide = torch.baddbmm(wide, unit[:, outer:last, last:], values[:, last:], out=work.take("wide", wide.shape))
+        for start, end in _blocks(last - outer):
+            start, end = outer + start, outer + end
+            width = end - start
+            block, inside = wide[:, start - outer : end - outer], values[:, start:end]
+            if end < last:
+                block = torch.baddbmm(block, unit[:, start:end, end:last], values[:, end:last],
+                                      out=work.take("block", (experts, width, rows)))
+            steps = None if step is None else step[:, start:end]
+            for low in range((width - 1) // TILE * TILE, -1, -TILE):
+                high = min(low + TILE, width)
+                value, grid = (work.take(name, (experts, high - low, rows)) for name in ("value", "grid"))
+                if high < width:
+                    torch.baddbmm(block[:, low:high], unit[:, start + low : start + high, start + high : end], inside[:, high:], out=value)
+                else:
+                    value.copy_(block[:, low:high])
+                _round_tile(value, grid, inside[:, low:high], unit[:, start + low : start + high, start + low : start + high],
+                            None if steps is None else steps[:, low:high], limit)
+                torch.sub(value, grid, out=value)
+                error += value.square_().mul_(weights[:, start + low : start + high].unsqueeze(-1)).sum(1)
+                qvalue[:, start + low : start + high] = grid if steps is None else grid.div_(steps[:, low:high]).round_()
     return qvalue, error
 
 
@@ -263,15 +285,15 @@ def _some_rows(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _keep_better_rows(
-    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, upper: torch.Tensor, step: torch.Tensor | None, limit: int,
-    work: Workspace,
+    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor,
+    step: torch.Tensor | None, limit: int, work: Workspace,
 ) -> None:
     """Rows where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
 
     The error of rounding to nearest is a sum of squares over columns, and the largest come first: once a row's sum so far
     exceeds what the walk reached, the row is settled, and columns go on with those that are not.
 
-    `missing` is the target minus the walk's grid point.
+    `missing` is the target minus the walk's grid point; `unit` and `weights` as in :func:`_walk`.
     """
     rows: torch.Tensor | None = None  # those that are not settled, and a few others to fill up
     other = work.take("nearest", missing.shape)  # the target minus its nearest grid point
@@ -286,7 +308,7 @@ def _keep_better_rows(
         target, steps = targets(slice(start, end))
         nearest = _nearest(target, steps, limit)
         torch.sub(target, nearest if steps is None else nearest.mul_(steps), out=other[:, start:end])
-        total += (upper[:, start:end, start:] @ other[:, start:]).square_().sum(1)
+        total += (unit[:, start:end, start:] @ other[:, start:]).square_().mul_(weights[:, start:end].unsqueeze(-1)).sum(1)
         unsettled = total < error
         most = int(unsettled.sum(1).max())
         if most == 0:

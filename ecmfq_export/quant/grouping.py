@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 
@@ -27,26 +25,3 @@ def group_by_expert(expert: torch.Tensor, num_experts: int, capacity: int) -> tu
     if expert.numel() == 0:
         return torch.zeros(num_experts, width, dtype=torch.int64), valid
     return torch.where(valid, order[position], torch.zeros_like(position)), valid
-
-
-def blocks_by_expert(
-    expert: torch.Tensor, num_experts: int, block: int, max_active: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Cover all pairs in padded blocks of `block` rows of at most `max_active` experts at a time.
-
-    Work stays proportional to the number of pairs however unevenly they are spread: an expert with one pair costs one block.
-
-    Yields:
-        experts int64 [A], index int64 [A, block] into the pairs (0 where padded), valid bool [A, block].
-    """
-    order = torch.argsort(expert, stable=True)
-    counts = torch.bincount(expert, minlength=num_experts)
-    starts = counts.cumsum(0) - counts
-    column = torch.arange(block)
-    for first in range(0, int(counts.max()) if expert.numel() else 0, block):
-        active = torch.nonzero(counts > first).squeeze(1)
-        for some in active.split(max_active):
-            offset = first + column
-            valid = offset < counts[some].unsqueeze(1)
-            position = (starts[some].unsqueeze(1) + offset).clamp_max(expert.numel() - 1)
-            yield some, torch.where(valid, order[position], torch.zeros_like(position)), valid

@@ -7,12 +7,16 @@ the floating-point model's input at the same place (GPTAQ, arXiv 2504.02692): to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.quant.grouping import blocks_by_expert
+from ecmfq_export.quant.expert_threads import Threads, for_slices
+from ecmfq_export.quant.workspace import Workspace
 
-ROW_BLOCK = 256
+ROW_BLOCK = 1024
+"""Tokens gathered at a time."""
 
 
 class WeightedHessian:
@@ -25,16 +29,17 @@ class WeightedHessian:
         count: int64 [E], pairs seen.
     """
 
-    def __init__(self, num_experts: int, columns: int, cross: bool = False) -> None:
+    def __init__(self, num_experts: int, columns: int, cross: bool = False, threads: Threads = "experts") -> None:
         self.matrix = torch.zeros(num_experts, columns, columns)
         self.cross = torch.zeros(num_experts, columns, columns) if cross else None
         self.weight_sum = torch.zeros(num_experts, dtype=torch.float64)
         self.weight_square_sum = torch.zeros(num_experts, dtype=torch.float64)
         self.count = torch.zeros(num_experts, dtype=torch.int64)
+        self._threads: Threads = threads
 
     def add(
         self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor,
-        token: torch.Tensor | None = None, reference: torch.Tensor | None = None, max_bytes: int = 1 << 28,
+        token: torch.Tensor | None = None, reference: torch.Tensor | None = None,
     ) -> None:
         """Add P (token, expert) pairs.
 
@@ -55,20 +60,33 @@ class WeightedHessian:
             raise UserError(f"a token weight is negative: {float(weight.min())}")
         if (reference is None) != (self.cross is None):
             raise UserError("the cross term needs reference inputs, and reference inputs need the cross term")
-        num_experts, columns = self.matrix.shape[:2]
-        weight = weight.float()
+        num_experts = len(self.matrix)
+        x, weight, reference = x.float(), weight.float(), None if reference is None else reference.float()
         self.count += torch.bincount(expert, minlength=num_experts)
         self.weight_sum.index_add_(0, expert, weight.double())
         self.weight_square_sum.index_add_(0, expert, weight.double().square())
-        max_active = max(1, max_bytes // (4 * columns * (columns + 3 * ROW_BLOCK)))
-        for experts, index, valid in blocks_by_expert(expert, num_experts, ROW_BLOCK, max_active):
-            rows = index if token is None else token[index]
-            block = x[rows].float()
-            weighted = block * (weight[index] * valid).unsqueeze(-1)
-            self.matrix.index_add_(0, experts, weighted.mT @ block)
-            if self.cross is not None and reference is not None:
-                # D[a, b] = sum w (x - xh)_a xh_b
-                self.cross.index_add_(0, experts, (reference[rows].float() - block).mT @ weighted)
+        order = torch.argsort(expert, stable=True)
+        ends = torch.bincount(expert, minlength=num_experts).cumsum(0).tolist()
+
+        def accumulate(part: slice, work: Workspace) -> None:
+            for index in range(part.start, part.stop):
+                for pairs in order[ends[index - 1] if index else 0 : ends[index]].split(ROW_BLOCK):
+                    self._add_rows(index, pairs if token is None else token[pairs], x, weight[pairs], reference, work)
+
+        for_slices(num_experts, 1, accumulate, self._threads)
+
+    def _add_rows(
+        self, expert: int, rows: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor | None, work: Workspace
+    ) -> None:
+        """Add `rows` of `x` to one expert's sums."""
+        shape = (len(rows), x.shape[1])
+        block = torch.index_select(x, 0, rows, out=work.take("rows", shape))
+        weighted = torch.mul(block, weight.unsqueeze(-1), out=work.take("weighted", shape))
+        self.matrix[expert].addmm_(block.T, weighted)
+        if self.cross is not None and reference is not None:
+            # D[a, b] = sum w (x - xh)_a xh_b
+            missing = torch.index_select(reference, 0, rows, out=work.take("reference", shape)).sub_(block)
+            self.cross[expert].addmm_(missing.T, weighted)
 
     @property
     def n_eff(self) -> torch.Tensor:
@@ -80,32 +98,53 @@ class WeightedHessian:
         return self.matrix.sum(0), None if self.cross is None else self.cross.sum(0)
 
 
+def accumulation_bytes(columns: int, cross: bool) -> int:
+    """Working memory of :meth:`WeightedHessian.add` for each thread."""
+    return 4 * ROW_BLOCK * columns * (2 + cross)
+
+
 def shrinkage(n_eff: torch.Tensor, kappa: float) -> torch.Tensor:
     """Share b = kappa / (n_eff + kappa) of the shared Hessian, float32 [E]; 1 for an expert without tokens."""
     return torch.where(n_eff > 0, kappa / (n_eff + kappa), torch.ones_like(n_eff)).float()
 
 
-def shrink(
-    matrix: torch.Tensor, cross: torch.Tensor | None, target: torch.Tensor, target_cross: torch.Tensor | None,
-    share: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Blend each expert's H and D towards a shared one: ``(1 - b) H_e + b c H_target``, c matching the traces.
+@dataclass(frozen=True)
+class Blend:
+    """Each expert's H and D blended towards shared ones: ``(1 - b) H_e + b c H_target``, c matching the traces.
 
-    Args:
-        matrix, cross: [E, K, K]; `cross` may be None.
-        target, target_cross: [K, K] or [E, K, K]; where `target_cross` is None the cross term shrinks towards zero.
-        share: b, float [E].
+    Attributes:
+        keep, factor: float [E], ``1 - b`` and ``b c``.
+        target: [K, K], or [E, K, K] where experts have targets of their own.
+        target_cross: the same for D, or None: D shrinks towards zero.
     """
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    target_trace = target.diagonal(dim1=-2, dim2=-1).sum(-1)
-    # An expert that saw nothing has no trace to match: take the target as it is (GPTQ does not depend on H's scale).
-    match = torch.where(trace > 0, trace / target_trace.clamp_min(1e-30), torch.ones_like(trace))
-    factor = (share * match)[:, None, None]
-    keep = (1.0 - share)[:, None, None]
-    blended = keep * matrix + factor * target
-    if cross is None:
-        return blended, None
-    return blended, keep * cross + (factor * target_cross if target_cross is not None else 0.0)
+
+    keep: list[float]
+    factor: list[float]
+    target: torch.Tensor
+    target_cross: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, share: torch.Tensor, target: torch.Tensor, target_cross: torch.Tensor | None = None) -> Blend:
+        """The blend of `matrix` [E, K, K] with `share` b, float [E]."""
+        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        target_trace = target.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # An expert that saw nothing has no trace to match: take the target as it is (GPTQ does not depend on H's scale).
+        match = torch.where(trace > 0, trace / target_trace.clamp_min(1e-30), torch.ones_like(trace))
+        return cls((1.0 - share).tolist(), (share * match).tolist(), target, target_cross)
+
+    def matrix(self, own: torch.Tensor, expert: int, out: torch.Tensor) -> torch.Tensor:
+        """Expert `expert`'s H from its `own` [K, K], written to `out`."""
+        return self._blend(own, self.target, expert, out)
+
+    def cross(self, own: torch.Tensor, expert: int, out: torch.Tensor) -> torch.Tensor:
+        """Expert `expert`'s D from its `own` [K, K], written to `out`."""
+        return self._blend(own, self.target_cross, expert, out)
+
+    def _blend(self, own: torch.Tensor, target: torch.Tensor | None, expert: int, out: torch.Tensor) -> torch.Tensor:
+        torch.mul(own, self.keep[expert], out=out)
+        if target is not None:
+            out.add_(target if target.ndim == 2 else target[expert], alpha=self.factor[expert])
+        return out
 
 
 def weighted_error(difference: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,14 +20,14 @@ LARGEST_SCALE = 65504.0
 
 
 def grid_limit(num_bits: int) -> int:
-    """Largest magnitude of the symmetric integer grid: 7 for 4 bits, 127 for 8 bits.
+    """Largest magnitude of the symmetric integer grid that weights are rounded to: 1, 3, 7 and 127 for 2, 3, 4 and 8 bits.
 
     Raises:
         UnsupportedError: another number of bits.
     """
-    if num_bits not in (4, 8):
+    if num_bits not in (2, 3, 4, 8):
         raise UnsupportedError(f"num_bits = {num_bits} is not supported", "use 4 or 8")
-    return 7 if num_bits == 4 else 127
+    return (1 << (num_bits - 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class QTensor:
     The multipliers are integers, so a product with int8 activations stays integer until the one scale of a channel is applied.
 
     Attributes:
-        qvalue: int8 [..., N, K], in [-7, 7] for 4 bits and [-127, 127] for 8 bits.
+        qvalue: int8 [..., N, K], in [-8, 7] for 4 bits and [-127, 127] for 8 bits. What is rounded here stays in [-7, 7]; other
+            quantizers use -8 as well, and packing, graphs and kernels carry it. See :func:`grid_limit`.
         scale: float32 [..., N], positive, each value exactly a float16 (so that a checkpoint stores 2 bytes a channel).
-        num_bits: 4 or 8.
+        num_bits: 4 or 8; 2 and 3 only until the weight is stored, see :meth:`in_storage`.
         group_size: -1, one scale an output channel; 128, plus ``group_multiplier``.
         group_multiplier: int8 [..., N, K / 128] in [1, 127], or None where ``group_size`` is -1.
 
@@ -62,8 +63,9 @@ class QTensor:
             raise UserError(f"scale is {self.scale.dtype} {list(self.scale.shape)}, expected float32 {expected}")
         if self.qvalue.numel():
             low, high = (int(v) for v in torch.aminmax(self.qvalue))
-            if low < -limit or high > limit:
-                raise UserError(f"qvalue spans [{low}, {high}], outside [{-limit}, {limit}] of {self.num_bits} bits")
+            lowest = -8 if self.num_bits == 4 else -limit
+            if low < lowest or high > limit:
+                raise UserError(f"qvalue spans [{low}, {high}], outside [{lowest}, {limit}] of {self.num_bits} bits")
             low_scale, high_scale = (float(v) for v in torch.aminmax(self.scale))
             # NaN fails the comparison as well.
             if not (low_scale > 0.0 and high_scale <= LARGEST_SCALE):
@@ -109,6 +111,10 @@ class QTensor:
         if self.group_multiplier is not None:
             value.unflatten(-1, (-1, GROUP)).mul_(self.group_multiplier.float().unsqueeze(-1))
         return value.mul_(self.scale.unsqueeze(-1))
+
+    def in_storage(self) -> QTensor:
+        """The same values with the number of bits that they are stored in: 4 for a grid of fewer."""
+        return self if self.num_bits >= 4 else replace(self, num_bits=4)
 
     def rows(self, start: int, stop: int) -> QTensor:
         """Output channels `start` to `stop` (along N), e.g. one part of a fused projection; no copy."""

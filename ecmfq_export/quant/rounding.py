@@ -8,10 +8,14 @@ from typing import Literal
 import torch
 
 from ecmfq_export.quant import awq
+from ecmfq_export.quant.expert_threads import Threads, for_slices
 from ecmfq_export.quant.faq import FaqSettings, quantize_faq
-from ecmfq_export.quant.hessian import WeightedHessian, weighted_error
-from ecmfq_export.quant.qtensor import QTensor, chunked
+from ecmfq_export.quant.hessian import WeightedHessian
+from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, quantize_at, quantize_rtn
+from ecmfq_export.quant.workspace import Workspace
+
+_AT_ONCE, _COLUMNS = 4, 256
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,15 @@ class RoundingSettings:
 
 
 def quantize_weight(
-    weight: torch.Tensor, hessian: WeightedHessian, settings: RoundingSettings, target: torch.Tensor | None = None
+    weight: torch.Tensor, hessian: WeightedHessian, settings: RoundingSettings, target: torch.Tensor | None = None,
+    target_cross: torch.Tensor | None = None,
 ) -> QTensor:
-    """Quantize [E, N, K] as `settings` say; `target` as :func:`quantize_faq`.
+    """Quantize [E, N, K] as `settings` say; `target` and `target_cross` as :func:`quantize_faq`.
 
     Rounding to nearest looks at the Hessian for the ``output`` clip only; its ``mse`` clip is that of the plain weights.
     """
     if settings.rounding == "gptq":
-        return quantize_faq(weight, hessian, settings.faq, target=target)
+        return quantize_faq(weight, hessian, settings.faq, target, target_cross)
     bits, group_size = settings.faq.num_bits, settings.faq.group_size
     if settings.clip == "output":
         scale, multiplier = awq.choose_clip(weight, hessian.matrix, bits, group_size, settings.faq.max_bytes)
@@ -45,7 +50,8 @@ def quantize_weight(
     return quantize_rtn(weight, bits, group_size, settings.clip, max_bytes=settings.faq.max_bytes)
 
 
-def relative_error(weight: torch.Tensor, quantized: QTensor, matrix: torch.Tensor, max_bytes: int = DEFAULT_MAX_BYTES) -> torch.Tensor:
+def relative_error(weight: torch.Tensor, quantized: QTensor, matrix: torch.Tensor, max_bytes: int = DEFAULT_MAX_BYTES,
+                   threads: Threads = "experts") -> torch.Tensor:
     """Each expert's weighted squared output error over that of its outputs, ``tr(D H D^T) / tr(W H W^T)`` with D = Q - W.
 
     Args:
@@ -55,11 +61,24 @@ def relative_error(weight: torch.Tensor, quantized: QTensor, matrix: torch.Tenso
     Returns:
         float32 [E]; 0 for an expert without tokens.
     """
-    found = []
-    for part in chunked(len(weight), 16 * weight[0].numel() + 4 * matrix[0].numel(), max_bytes):
+    def errors(part: slice, _: Workspace) -> torch.Tensor:
         multiplier = None if quantized.group_multiplier is None else quantized.group_multiplier[part]
         some = QTensor(quantized.qvalue[part], quantized.scale[part], quantized.num_bits, quantized.group_size, multiplier)
-        values = weight[part].float()
-        error, whole = (weighted_error(v, matrix[part]).double().sum(-1) for v in (some.dequantize() - values, values))
-        found.append(torch.where(whole > 0, error / whole.clamp_min(1e-300), torch.zeros_like(whole)))
-    return torch.cat(found).float()
+        error, whole = (_weighted_square(torch.sub(some.dequantize(), weight[part]), matrix[part]),
+                        _weighted_square(weight[part].float(), matrix[part]))
+        return torch.where(whole > 0, error / whole.clamp_min(1e-300), torch.zeros_like(whole))
+
+    each = max_bytes // (torch.get_num_threads() * 16 * weight[0].numel())
+    return torch.cat(for_slices(len(weight), max(1, min(_AT_ONCE, each)), errors, threads)).float()
+
+
+def _weighted_square(value: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``tr(value matrix value^T)`` of each expert, float64 [E], for [E, N, K] and symmetric [E, K, K], whose upper triangle is read."""
+    total = torch.zeros(len(value), dtype=torch.float64)
+    for start in range(0, value.shape[-1], _COLUMNS):
+        part, place = value[..., start : start + _COLUMNS], slice(start, start + _COLUMNS)
+        product = part @ matrix[:, place, place]
+        if start:
+            product.baddbmm_(value[..., :start], matrix[:, :start, place], alpha=2)
+        total += product.mul_(part).sum(-1).double().sum(-1)
+    return total

@@ -120,22 +120,29 @@ def _search(block: torch.Tensor, absmax: torch.Tensor, limit: int, cost: torch.T
 
 def _best_ratio(level: torch.Tensor, steps: torch.Tensor, limit: int, cost: torch.Tensor | None) -> torch.Tensor:
     """Index of the step of least error, of `steps` [B, N, G, number of ratios] for magnitudes `level` [B, N, G, C]."""
-    work, inverse = torch.empty_like(level), steps.reciprocal()
+    scaled, nearest, inverse = torch.empty_like(level), torch.empty_like(level), steps.reciprocal()
 
     def error(index: torch.Tensor) -> torch.Tensor:
-        step, factor = steps.gather(-1, index), inverse.gather(-1, index)
-        torch.mul(level, factor, out=work).round_().clamp_(max=limit).mul_(step).sub_(level).square_()
+        # In units of the step: fewer passes over the weights.
+        torch.mul(level, inverse.gather(-1, index), out=scaled)
+        torch.round(scaled, out=nearest).clamp_(max=limit)
+        torch.ops.aten.mse_loss.out(nearest, scaled, 0, out=scaled)  # (nearest - scaled)^2 in one pass
         if cost is None:
-            return work.sum(-1, keepdim=True)
-        if work.shape[2] == 1:
-            return (work.squeeze(2) @ cost.reshape(len(cost), -1, 1)).unsqueeze(2)
-        return work.mul_(cost).sum(-1, keepdim=True)
+            total = scaled.sum(-1, keepdim=True)
+        elif scaled.shape[2] == 1:
+            total = (scaled.squeeze(2) @ cost.reshape(len(cost), -1, 1)).unsqueeze(2)
+        else:
+            total = scaled.mul_(cost).sum(-1, keepdim=True)
+        return total * steps.gather(-1, index).square_()
 
     start = torch.zeros_like(steps[..., :1], dtype=torch.int64)
     coarse = torch.arange(0, len(CLIP_RATIOS), 3)
-    index = coarse[torch.cat([error(start + int(ratio)) for ratio in coarse], -1).argmin(-1, keepdim=True)]
-    near = torch.cat((index, (index - 1).clamp_min(0), (index + 1).clamp_max(len(CLIP_RATIOS) - 1)), -1).sort(-1).values
-    errors = torch.cat([error(near[..., which : which + 1]) for which in range(3)], -1)
+    errors = torch.cat([error(start + int(ratio)) for ratio in coarse], -1)
+    least, which = errors.min(-1, keepdim=True)
+    index = coarse[which]
+    below, above = (index - 1).clamp_min(0), (index + 1).clamp_max(len(CLIP_RATIOS) - 1)
+    near = torch.cat((below, index, above), -1)  # the smaller index, which is the larger clip, first
+    errors = torch.cat((error(below), least, error(above)), -1)
     return near.gather(-1, errors.argmin(-1, keepdim=True)).squeeze(-1)
 
 

@@ -24,6 +24,8 @@ from ecmfq_export.runtime.sample import ProcessedSample
 _VISION_BATCH_PATCHES = 1024
 """Images share a vision call up to so many patches: attention there is quadratic in the patches of a call."""
 _CACHED_IMAGES = 64
+_CACHED_FEATURE_BYTES = 256 << 20
+"""Features of images are kept for the next prompt with the same ones: so many images and bytes at most."""
 
 
 @dataclass
@@ -79,6 +81,7 @@ class DecoderSession:
         self._open_vision = lambda: runner_factory(graph_path(self.directory, "vision"))
         self._vision: Runner | None = None
         self._features: OrderedDict[bytes, list[np.ndarray]] = OrderedDict()
+        self._feature_bytes = 0
 
     def _check_graph(self, decoder: Runner) -> None:
         """Whether the graph is the one that ``runtime.json`` describes, before its sizes are allocated."""
@@ -106,6 +109,11 @@ class DecoderSession:
     def cache_bytes(self) -> int:
         """Bytes of one prompt's static cache over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.max_seq_len * self.head_dim * np.dtype(self.dtype).itemsize
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory that the graphs hold on a device of their own; 0 on the CPU."""
+        return self._decoder.device_bytes + (self._vision.device_bytes if self._vision is not None else 0)
 
     def prefill(self, samples: Sequence[ProcessedSample]) -> tuple[np.ndarray, DecodeState]:
         """Run whole prompts (answers, where a sample has one, included).
@@ -217,6 +225,13 @@ class DecoderSession:
                 "shorten the prompt, scale its images down, or export with a larger max_seq_len",
             )
 
+    def check_patches(self, grids: np.ndarray) -> None:
+        """Raise UserError unless the vision graph takes images of these grids [num_images, 3], with the numbers."""
+        largest = int(grids.prod(axis=1).max())
+        if self._max_patches and largest > self._max_patches:
+            raise UserError(f"an image makes {largest} patches, the vision graph takes {self._max_patches}",
+                            "scale it down, or export with a larger max_image_patches")
+
     def _run_prompts(self, samples: Sequence[ProcessedSample]) -> tuple[dict[str, np.ndarray], DecodeState, np.ndarray]:
         if not samples:
             raise ValueError("no samples")
@@ -281,18 +296,15 @@ class DecoderSession:
         key = hashlib.sha256(grids.tobytes() + patches.tobytes()).digest()
         if key not in self._features:
             self._features[key] = self._run_vision(patches, grids)
-            if len(self._features) > _CACHED_IMAGES:
-                self._features.popitem(last=False)
+            self._feature_bytes += _nbytes(self._features[key])
+            while len(self._features) > _CACHED_IMAGES or (self._feature_bytes > _CACHED_FEATURE_BYTES and len(self._features) > 1):
+                self._feature_bytes -= _nbytes(self._features.popitem(last=False)[1])
         self._features.move_to_end(key)
         return self._features[key]
 
     def _run_vision(self, patches: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
+        self.check_patches(grids)
         sizes = grids.prod(axis=1)
-        if self._max_patches and int(sizes.max()) > self._max_patches:
-            raise UserError(
-                f"an image makes {int(sizes.max())} patches, the vision graph takes {self._max_patches}",
-                "scale it down, or export with a larger max_image_patches",
-            )
         if self._vision is None:
             self._vision = self._open_vision()
         names = ["image_features", *(f"deepstack_{i}" for i in range(self.spec.num_deepstack))]
@@ -310,6 +322,10 @@ class DecoderSession:
             parts.append([outputs[name] for name in names])
             start, at = stop, at + count
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+def _nbytes(arrays: Sequence[np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def graph_path(directory: Path, part: str) -> Path:

@@ -17,6 +17,8 @@ from ecmfq_export.runtime.images import ImageInput
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
 
+Stop = Literal["eos", "length", "context", "text", "cancelled"]
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -26,7 +28,7 @@ class Generation:
         text: decoded answer, special tokens left out.
         token_ids: [new tokens], the end-of-turn token included where it came.
         stop: ``eos``; ``length``: max_new_tokens reached; ``context``: the cache is full; ``text``: a stop text came, and the text
-            ends before it.
+            ends before it; ``cancelled``: the caller did not want the rest.
         prompt_tokens: length of the prompt, image tokens included.
         first_token_seconds: from the call to the first token of the batch (preprocessing of images not included).
         tokens_per_second: of this prompt while decoding, the first token not counted; 0 where there was only that one.
@@ -34,7 +36,7 @@ class Generation:
 
     text: str
     token_ids: tuple[int, ...]
-    stop: Literal["eos", "length", "context", "text"]
+    stop: Stop
     prompt_tokens: int
     first_token_seconds: float
     tokens_per_second: float
@@ -120,15 +122,17 @@ class Generator:
         on_token: Callable[[int, str], None] | None = None,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Generation]:
         """Answer several prompts in one batch of right-padded rows; each gets what it would get alone.
 
         Args:
             samples: from :meth:`Processor.sample`, without answers.
             max_new_tokens: at least 1.
-            on_token: gets (row, piece of text).
+            on_token: gets (row, piece of text); text that may turn out to begin a stop text is held back until it is known.
             sampling: each row draws from its own stream, seeded by (seed, row).
             stop: texts that end an answer before them, besides the end-of-turn token.
+            cancelled: asked between tokens; once it says True, every row ends as it stands.
 
         Raises:
             UserError: a prompt that leaves no room in the context.
@@ -148,6 +152,9 @@ class Generator:
             for i, row in enumerate(rows):
                 if row.stop is None:
                     row.take(pick(logits[i], sampling, draws[i]), now, max_new_tokens, self.session.max_seq_len)
+            if cancelled():
+                for row in rows:
+                    row.stop = row.stop or "cancelled"
             active = np.array([row.stop is None for row in rows])
             if not active.any():
                 return [row.result(first) for row in rows]
@@ -161,10 +168,11 @@ class _Row:
         self, processor: Processor, prompt: int, on_token: Callable[[int, str], None] | None, index: int, stop: Sequence[str] = ()
     ) -> None:
         self.ids: list[int] = []
-        self.stop: Literal["eos", "length", "context", "text"] | None = None
+        self.stop: Stop | None = None
         self._stop_texts = tuple(text for text in stop if text)
         self._processor, self._prompt, self._on_token, self._index = processor, prompt, on_token, index
         self._shown = self._window = 0
+        self._held = ""
         self._times: list[float] = []
 
     def take(self, token: int, now: float, max_new_tokens: int, max_seq_len: int) -> None:
@@ -195,9 +203,19 @@ class _Row:
         text = self._processor.decode(self.ids[self._window :])
         if self.stop is None and text.endswith("\ufffd"):
             return
-        if len(text) > len(before):
-            self._on_token(self._index, text[len(before) :])
+        self._held += text[len(before) :]
         self._window, self._shown = self._shown, len(self.ids)
+        piece = self._cut(self._held)
+        if self.stop is None:
+            piece = piece[: len(piece) - self._begun(piece)]
+        self._held = self._held[len(piece) :]
+        if piece:
+            self._on_token(self._index, piece)
+
+    def _begun(self, text: str) -> int:
+        """Characters at the end of `text` that may be the beginning of a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stop_texts), default=0)
+        return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stop_texts)), 0)
 
     def result(self, first: float) -> Generation:
         assert self.stop is not None
@@ -218,8 +236,8 @@ def pick(logits: np.ndarray, sampling: Sampling, draws: np.random.Generator) -> 
         )
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
+    with np.errstate(over="ignore"):  # a temperature next to zero leaves the largest logit alone
+        probabilities = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
     # Keep a token while the sum before it is below top_p: the fewest whose sum reaches it, never none.

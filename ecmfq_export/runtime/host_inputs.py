@@ -29,6 +29,9 @@ MASKED = -30000.0
 NaN), and exp() of it is 0 in float32."""
 
 
+_ROPE_KINDS = ("mrope_interleaved", "mrope", "rope")
+
+
 class RopeLike(Protocol):
     """Fields of models.spec.RopeSpec that the tables need."""
 
@@ -185,8 +188,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
-    frequencies, then T; without sections the first axis owns all. The other half of head_dim repeats the same angles, which
-    RotaryEmbedding does by itself.
+    frequencies, then T; plain ones lie one behind the other; without sections the first axis owns all. The other half of head_dim
+    repeats the same angles, which RotaryEmbedding does by itself.
 
     Args:
         rope: kind, theta, sections and head_dim.
@@ -197,12 +200,14 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
         UserError: an unknown kind or sections that do not add up.
     """
     half = rope.head_dim // 2
-    if rope.kind not in ("mrope_interleaved", "rope"):
-        raise UserError(f"rotary embedding '{rope.kind}' is not supported", "supported: mrope_interleaved, rope")
+    if rope.kind not in _ROPE_KINDS:
+        raise UserError(f"rotary embedding '{rope.kind}' is not supported", f"supported: {', '.join(_ROPE_KINDS)}")
+    if rope.kind != "rope" and sum(rope.sections) != half:
+        raise UserError(f"rope sections {list(rope.sections)} sum to {sum(rope.sections)}, head_dim / 2 is {half}")
     axis = np.zeros(half, np.int64)
-    if rope.kind == "mrope_interleaved":
-        if sum(rope.sections) != half:
-            raise UserError(f"rope sections {list(rope.sections)} sum to {sum(rope.sections)}, head_dim / 2 is {half}")
+    if rope.kind == "mrope":
+        axis = np.repeat(np.arange(len(rope.sections)), rope.sections)
+    elif rope.kind == "mrope_interleaved":
         for which in (1, 2):
             axis[which : rope.sections[which] * 3 : 3] = which
     exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ecmfq_export.errors import UserError
 
 MAX_PIXELS = 64_000_000
 """Decoded pixels of one input image; a larger one is refused from its header, before it is decoded."""
+
+SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What :func:`decode_rgb` reads: Pillow has dozens of decoders, and data from others get only those that images on the web need."""
 
 ImageInput = str | Path | Image.Image | np.ndarray
 
@@ -36,26 +40,38 @@ def load_rgb(image: ImageInput, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(image, Image.Image):
         return _to_rgb(image, f"image {image.width}x{image.height}", max_pixels)
     path = Path(image)
+    return _open(path, f"image {path}", max_pixels, None)
+
+
+def decode_rgb(data: bytes, what: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The same for an image file's bytes, in one of SENT_FORMATS.
+
+    Args:
+        what: names the image in errors, e.g. ``"image 2"``.
+
+    Raises:
+        UserError: another format, damaged, cut short, or too large.
+    """
+    return _open(io.BytesIO(data), what, max_pixels, SENT_FORMATS)
+
+
+def _open(source: Path | io.BytesIO, what: str, max_pixels: int, formats: tuple[str, ...] | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the stricter one
-            with Image.open(path) as opened:
-                return _to_rgb(opened, f"image {path}", max_pixels)
+            with Image.open(source, formats=formats) as opened:
+                return _to_rgb(opened, what, max_pixels)
     except FileNotFoundError:
-        raise UserError(f"no image file at {path}") from None
+        raise UserError(f"no image file at {source}") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a directory, not an image file") from None
+        raise UserError(f"{source} is a directory, not an image file") from None
     except UnidentifiedImageError:
-        raise UserError(
-            f"image {path} is in no format that Pillow reads, or damaged", "use PNG, JPEG, WebP, BMP or GIF"
-        ) from None
+        raise UserError(f"{what} is in no format that is read here, or damaged", "use PNG, JPEG, WebP, BMP or GIF") from None
     except Image.DecompressionBombError as error:
-        raise UserError(
-            f"image {path} is too large: {error}", f"scale it below {max_pixels / 1e6:g} megapixels"
-        ) from None
+        raise UserError(f"{what} is too large: {error}", f"scale it below {max_pixels / 1e6:g} megapixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         # Pillow's decoders raise any of these on truncated or inconsistent files.
-        raise UserError(f"image {path} cannot be read: {error}", "check that the file is complete") from None
+        raise UserError(f"{what} cannot be read: {error}", "check that the file is complete") from None
 
 
 def _to_rgb(image: Image.Image, what: str, max_pixels: int) -> Image.Image:

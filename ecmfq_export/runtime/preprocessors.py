@@ -13,14 +13,16 @@ from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.json_file import read_json
 from ecmfq_export.runtime.images import MAX_PIXELS, ImageInput, load_rgb
 
-PREPROCESSOR_CONFIG = "preprocessor_config.json"
+PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
 
 _INERT = (
     "image_processor_type", "processor_class", "default_to_square", "device", "disable_grouping", "input_data_format",
     "return_tensors", "data_format", "crop_size", "do_center_crop", "do_pad", "pad_size", "image_processor",
     "feature_extractor_type", "video_processor_type", "auto_map",
+    "chunk_length", "dither", "feature_size", "hop_length", "n_fft", "n_samples", "nb_max_frames", "padding_side", "padding_value",
+    "return_attention_mask", "sampling_rate",
 )  # fmt: skip
-"""Settings of any image processor that do not change what it does here."""
+"""Settings of any image processor that do not change what it does here, and those of an audio processor in the same file."""
 
 
 _MAX_PATCH = 512
@@ -33,7 +35,7 @@ class Preprocessor(Protocol):
     Attributes:
         merge_size: patches along each side of a merged patch.
         image_token: the placeholder that stands for one merged patch in this kind's prompts.
-        reserved_tokens: placeholders that a text may not hold.
+        reserved_tokens: placeholders that a text may not hold where the tokenizer knows them.
     """
 
     merge_size: int
@@ -50,31 +52,43 @@ class Preprocessor(Protocol):
 
 
 def load_preprocessor(directory: Path) -> Preprocessor:
-    """The preprocessor that a directory's ``preprocessor_config.json`` describes.
+    """The preprocessor that a directory's ``preprocessor_config.json`` describes, or ``processor_config.json`` without one.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds impossible settings.
         UnsupportedError: another image processor, or a setting that is not understood.
     """
-    path = Path(directory) / PREPROCESSOR_CONFIG
+    path, config = _read(Path(directory))
+    kind = config.get("image_processor_type") if isinstance(config, dict) else None
+    if kind is None and isinstance(config, dict) and isinstance(config.get("auto_map"), dict):
+        # Files of models with remote code name the class there alone.
+        kind = str(config["auto_map"].get("AutoImageProcessor")).rsplit(".", 1)[-1]
+    for loader in _LOADERS:
+        if kind in loader.KINDS:
+            unknown = sorted(set(config) - set(loader.SETTINGS) - set(_INERT))
+            if unknown:
+                raise UnsupportedError(f"{path}: unknown settings {', '.join(unknown)}", "they could change what it does")
+            return loader(config, path)
+    known = ", ".join(name for loader in _LOADERS for name in loader.KINDS)
+    raise UnsupportedError(f"{path}: image_processor_type {kind!r}", f"supported: {known}")
+
+
+def _read(directory: Path) -> tuple[Path, Any]:
+    """The image settings, and the file they are in: a file of their own, or a section of what transformers 5 saves for a processor."""
+    path = directory / PREPROCESSOR_CONFIG
+    section = not path.is_file() and (directory / PROCESSOR_CONFIG).is_file()
+    path = directory / PROCESSOR_CONFIG if section else path
     try:
         config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {PREPROCESSOR_CONFIG}", "copy it from the model") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    kind = config.get("image_processor_type") if isinstance(config, dict) else None
-    if kind is None and isinstance(config, dict) and isinstance(config.get("auto_map"), dict):
-        # Files of models with remote code name the class there alone.
-        kind = str(config["auto_map"].get("AutoImageProcessor")).rsplit(".", 1)[-1]
-    for loader in (QwenPreprocessor, NavitPreprocessor):
-        if kind in loader.KINDS:
-            unknown = sorted(set(config) - set(loader.SETTINGS) - set(_INERT))
-            if unknown:
-                raise UnsupportedError(f"{path}: unknown settings {', '.join(unknown)}", "they could change what it does")
-            return loader(config, path)
-    known = ", ".join((*QwenPreprocessor.KINDS, *NavitPreprocessor.KINDS))
-    raise UnsupportedError(f"{path}: image_processor_type {kind!r}", f"supported: {known}")
+    if section:
+        config = config.get("image_processor") if isinstance(config, dict) else None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path} has no image_processor, and {directory} no {PREPROCESSOR_CONFIG}", "copy it from the model")
+    return path, config
 
 
 def _fits(key: str, value: Any) -> bool:
@@ -105,21 +119,25 @@ class QwenPreprocessor:
     )  # fmt: skip
 
     image_token = "<|image_pad|>"
-    reserved_tokens = ("<|image_pad|>", "<|video_pad|>")
+    reserved_tokens = ("<|image_pad|>", "<|video_pad|>", "<|audio_pad|>")
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
-        # The module itself, not transformers.AutoImageProcessor: that one insists on torchvision for the "Fast" name.
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
         settings = {key: config[key] for key in self.SETTINGS if config.get(key) is not None}
         for key, value in settings.items():
             if not _fits(key, value):
                 raise CheckpointError(f"{path}: {key} = {str(value)[:100]!r} is out of range", "copy the file from the model again")
         try:
-            self._processor = Qwen2VLImageProcessorPil(**settings)
+            self._processor = self._build(settings)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from None
         self.merge_size = int(self._processor.merge_size)
+
+    @staticmethod
+    def _build(settings: dict[str, Any]) -> Any:
+        # The module itself, not transformers.AutoImageProcessor: that one insists on torchvision for the "Fast" name.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil(**settings)
 
     def __call__(self, images: list[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
         """As :class:`Preprocessor`; an image more than 200 times as long as it is wide is refused."""
@@ -134,6 +152,22 @@ class QwenPreprocessor:
             patches.append(result["pixel_values"].astype(np.float32, copy=False))
             grids.append(result["image_grid_thw"].astype(np.int64, copy=False))
         return np.concatenate(patches), np.concatenate(grids)
+
+
+class GlmPreprocessor(QwenPreprocessor):
+    """GLM-4.1V's image processor, which GLM-4.5V and GLM-4.6V use: Qwen2-VL's with other rules for the size."""
+
+    KINDS = tuple(f"{name}ImageProcessor{form}" for name in ("Glm4v", "Glm46V") for form in ("", "Fast", "Pil"))
+    SETTINGS = tuple(name for name in QwenPreprocessor.SETTINGS if name not in ("min_pixels", "max_pixels"))
+
+    image_token = "<|image|>"
+    reserved_tokens = ("<|image|>", "<|video|>")
+
+    @staticmethod
+    def _build(settings: dict[str, Any]) -> Any:
+        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+        return Glm4vImageProcessorPil(**settings)
 
 
 class NavitPreprocessor:
@@ -212,3 +246,6 @@ class NavitPreprocessor:
         longest = self._max_side * self.patch_size
         scale = min(scale, longest / width, longest / height)
         return (min(longest, max(1, int(width * scale))), min(longest, max(1, int(height * scale))))
+
+
+_LOADERS = (QwenPreprocessor, GlmPreprocessor, NavitPreprocessor)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ecmfq_export.errors import CheckpointError, UserError
 from ecmfq_export.json_file import read_json
+from ecmfq_export.runtime.chat import Turn, render
 from ecmfq_export.runtime.images import ImageInput
-from ecmfq_export.runtime.preprocessors import PREPROCESSOR_CONFIG, load_preprocessor
+from ecmfq_export.runtime.preprocessors import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, load_preprocessor
 from ecmfq_export.runtime.sample import ProcessedSample
 
 PROCESSOR_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", PREPROCESSOR_CONFIG, "generation_config.json",
+    "chat_template.json", PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, "generation_config.json",
 )  # fmt: skip
 """Every file that :class:`Processor` reads; the ones a checkpoint has are copied beside the graphs."""
 
@@ -43,6 +43,8 @@ class Processor:
         self._images = load_preprocessor(self.directory)
         self.merge_size = self._images.merge_size
         self.image_token_id = self._special(self._images.image_token)
+        vocabulary = self.tokenizer.get_vocab()
+        self._reserved = tuple(token for token in self._images.reserved_tokens if token in vocabulary)
         self.eos_token_ids = self._read_eos()
 
     def sample(self, text: str, images: Sequence[ImageInput] = (), answer: str | None = None) -> ProcessedSample:
@@ -78,11 +80,8 @@ class Processor:
         Raises:
             UserError: a placeholder token in the text.
         """
-        for token in self._images.reserved_tokens:
-            if token in text or (answer is not None and token in answer):
-                raise UserError(
-                    f"the text contains the placeholder {token}", "give images separately; the template places them"
-                )
+        self._refuse_placeholders(text)
+        self._refuse_placeholders(answer or "")
         ids = self._encode(self.prompt(text, num_images))
         if answer is None:
             return ids, 0
@@ -91,20 +90,34 @@ class Processor:
 
     def prompt(self, text: str, num_images: int) -> str:
         """The chat template's text for one user turn, one placeholder an image, the assistant's turn opened."""
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
-        content.append({"type": "text", "text": text})
+        turn = Turn("user", (*[None] * num_images, text))
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # jinja2 raises many kinds; all of them are the template's fault
-            raise CheckpointError(f"the chat template of {self.directory} fails: {error}") from None
-        found = rendered.count(self._images.image_token)
-        if found != num_images:
-            raise CheckpointError(
-                f"the chat template of {self.directory} placed {found} x {self._images.image_token} for {num_images} images"
-            )
-        return rendered
+            return render(self.tokenizer, [turn], self._images.image_token)
+        except UserError as error:  # one user turn is what every template must take
+            raise CheckpointError(f"{self.directory}: {error.what}", error.fix) from None
+
+    def chat(self, turns: Sequence[Turn], images: Sequence[ImageInput] = ()) -> ProcessedSample:
+        """A conversation in the chat template, up to where the assistant answers.
+
+        Args:
+            images: as many as the turns have places for, in their order.
+
+        Raises:
+            UserError: an image that cannot be used, a placeholder token in a text, or turns that the template refuses.
+        """
+        for turn in turns:
+            for part in turn.content:
+                self._refuse_placeholders(part or "")
+        ids = self._encode(render(self.tokenizer, turns, self._images.image_token))
+        patches, grids = self.preprocess(images) if images else (None, None)
+        if grids is not None:
+            ids = self.expand(ids, grids)
+        return ProcessedSample(np.asarray(ids, np.int64), patches, grids, np.zeros(len(ids), bool))
+
+    def _refuse_placeholders(self, text: str) -> None:
+        for token in self._reserved:
+            if token in text:
+                raise UserError(f"the text contains the placeholder {token}", "give images separately; the template places them")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids, special tokens left out."""

@@ -21,7 +21,9 @@ from ecmfq_export.quant.token_weights import TEXT, VISION, vision_attention_mass
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.stages.calibration import LazySamples, save_calibration, split_heldout
+from ecmfq_export.stages.layer_states import LayerStates, Side, drop_states
 from ecmfq_export.stages.methods import calibration_settings, resolve
+from ecmfq_export.stages.ranks import Ranks
 from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.samples import PoolSample, load_pool, pool_fingerprint
 from ecmfq_export.stages.sensitivity import measure_gamma
@@ -48,10 +50,10 @@ def calibrate(
     Raises:
         UserError: unusable data or checkpoint, NaN on the way, or a full disk.
     """
-    pool = load_pool(data)
+    pool, ranks = load_pool(data), resources.ranks
     settings, parts = calibration_settings(config), resolve(config)
-    inputs = {"model": bundle.fingerprint(model_dir), "data": pool_fingerprint(data, pool)}
-    if bundle.is_current(out_dir, "calibrate", settings, inputs):
+    inputs = ranks.from_first(lambda: {"model": bundle.fingerprint(model_dir), "data": pool_fingerprint(data, pool)})
+    if ranks.from_first(lambda: bundle.is_current(out_dir, "calibrate", settings, inputs)):
         progress.note(f"{out_dir}: up to date")
         return out_dir
     model = open_model(model_dir)
@@ -60,16 +62,16 @@ def calibrate(
     if not model.spec.moe_layers:
         raise UnsupportedError(f"{model.path} has no mixture-of-experts layer", "this tool quantizes routed experts")
     processor = Processor(model_dir)
-    with bundle.write_stage(out_dir, "calibrate", settings, inputs) as (work, info):
+    with ranks.write_stage(out_dir, "calibrate", settings, inputs) as (work, info):
         if parts.selection == "random":
             indices = macs.random_indices(len(pool), config.num_samples, config.seed)
             selection = macs.Selection(indices, 0, {})
         else:
             ids: list[np.ndarray] = []
             with ActivationStore(resources.activation_bytes, resources.scratch(work, "pool"), resources.device) as store:
-                batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store))
+                batches = list(prepare_batches(model, _read(pool, processor, ids, progress), store, ranks=ranks))
                 wanted = ids if parts.selection == "balanced" else None
-                scores = score_pool(model, batches, len(pool), store, config.seed, progress, wanted, resources)
+                scores = score_pool(model, batches, len(pool), store, config.seed, progress, wanted, resources, work)
             top_k = max((spec.mlp.top_k for spec in model.spec.layers if isinstance(spec.mlp, MoESpec)), default=1)
             selection = macs.select(scores, config.num_samples, top_k, config.seed, parts.selection)
         chosen = [pool[i] for i in selection.indices]
@@ -82,7 +84,9 @@ def calibrate(
             gamma, measured = measure_gamma(model, searched, progress, resources, resources.scratch(work, "gradients"))
         report = {**selection.report, "pool": len(pool), "selected": len(chosen), "topped_up": selection.topped_up,
                   "heldout": sum(heldout), **measured}
-        save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
+        if ranks.first:
+            drop_states(work)
+            save_calibration(work, samples, [sample.name for sample in chosen], heldout, gamma, report)
         info.update(report, gamma=gamma)
     note = f"selected {len(chosen)} of {len(pool)} samples by '{parts.selection}', {sum(heldout)} held out"
     if selection.report:
@@ -109,11 +113,22 @@ class _Tally:
     attention: torch.Tensor
     features: torch.Tensor
 
+    def keep(self, samples: list[int]) -> None:
+        """Make every other sample's row zero: another rank has it."""
+        others = torch.ones(len(self.tokens), dtype=torch.bool)
+        others[samples] = False
+        for rows in vars(self).values():
+            rows[others] = 0
+
+    def whole(self, ranks: Ranks) -> _Tally:
+        """All ranks' rows."""
+        return self if ranks.size == 1 else _Tally(**{name: ranks.add_disjoint(rows) for name, rows in vars(self).items()})
+
 
 @torch.no_grad()
 def score_pool(
     model: MoEVLM, batches: list[Batch], size: int, store: ActivationStore, seed: int, progress: Progress,
-    ids: list[np.ndarray] | None = None, resources: Resources = DEFAULT,
+    ids: list[np.ndarray] | None = None, resources: Resources = DEFAULT, work: Path | None = None,
 ) -> macs.PoolScores:
     """Measure every sample of the pool while its activations stream through the decoder.
 
@@ -123,6 +138,7 @@ def score_pool(
         batches: prepared, their embeddings in `store` under ``hidden``; consumed.
         size: number of samples in all batches.
         ids: the samples' token ids, to measure also how likely the model finds their text; None for not.
+        work: where what an interrupted run goes on from is kept; None keeps nothing.
     """
     moe = model.spec.moe_layers
     num_experts = {model.spec.layers[i].mlp.num_experts for i in moe}
@@ -131,7 +147,15 @@ def score_pool(
     experts = num_experts.pop()
     tally = _Tally(torch.zeros(size, len(moe), experts, 2), torch.zeros(size, len(moe), experts, dtype=torch.int64),
                    torch.zeros(size), torch.zeros(size, FEATURES))
-    for index in progress.track(range(model.spec.num_layers), "score pool, layer by layer", model.spec.num_layers):
+    layers, start, ranks = model.spec.num_layers, 0, resources.ranks
+    states = None if work is None else LayerStates(work, {"pool": Side(batches, store, ("hidden",))}, ranks, shared=True)
+    if states is not None:
+        start, _, sums = states.restore(layers)
+        if start:
+            tally = _Tally(**sums)
+            tally.keep([sample for batch in batches for sample in batch.samples])
+            progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
+    for index in progress.track(range(start, layers), "score pool, layer by layer", layers - start):
         layer = load_layer(model, index).to(resources.device)
         place = moe.index(index) if index in moe else None
         projection = _projection(model.spec.hidden_size, seed, index) if place is not None else None
@@ -140,7 +164,11 @@ def score_pool(
                 _score_batch(model, layer, place, projection, batch, store, tally)
         drop_deepstack(index, batches, store)
         del layer  # before the next one is read
-    likelihood = (None, None) if ids is None else _text_loss(model, batches, ids, store)
+        if states is not None:
+            # The last layer's outputs are what the likelihood of the text is read from.
+            states.save(index + 1, None, vars(tally.whole(ranks)), last=ids is None and index + 1 == layers)
+    tally = tally.whole(ranks)
+    likelihood = (None, None) if ids is None else [ranks.add_disjoint(part) for part in _text_loss(model, batches, ids, store)]
     return macs.PoolScores(tally.mass, tally.tokens, tally.attention, tally.features, *likelihood)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.stages.streams import ActivationStore, Batch, advance
 
 MAX_POSITIONS = 512
+
+Choice = TypeVar("Choice", bound=Hashable)
 
 
 class Judge:
@@ -40,11 +43,12 @@ class Judge:
         self._reference = self._log_probs(["judge"], 0)["judge"]
 
     @torch.no_grad()
-    def kl(self, streams: Sequence[str], next_layer: int) -> dict[str, float]:
-        """Mean KL(floating point || stream), in nats, of each stream of hidden states that enters `next_layer`; consumes them."""
+    def kl(self, streams: Sequence[str], next_layer: int) -> dict[str, torch.Tensor]:
+        """KL(floating point || stream), in nats, at every judged position, float64 [P], of each stream of hidden states that enters
+        `next_layer`; consumes them."""
         found = self._log_probs(streams, next_layer)
         reference = self._reference
-        return {name: float((reference.exp() * (reference - other)).sum(-1).mean().clamp_min(0.0)) for name, other in found.items()}
+        return {name: (reference.exp() * (reference - other)).sum(-1).clamp_min(0.0) for name, other in found.items()}
 
     @torch.no_grad()
     def _log_probs(self, streams: Sequence[str], next_layer: int) -> dict[str, torch.Tensor]:
@@ -62,6 +66,24 @@ class Judge:
         logits = decoder_logits(self._model, torch.cat(list(rows.values())).unsqueeze(0))[0]
         parts = logits.double().log_softmax(-1).split([len(part) for part in rows.values()])
         return dict(zip(rows, parts, strict=True))
+
+
+def clearly_best(kl: dict[Choice, torch.Tensor], standard_errors: float = 2.0) -> Choice:
+    """The choice of least mean KL among those whose gain over the first one is more than `standard_errors` of that paired gain; the
+    first one where there is none.
+
+    The least of several means that differ by their noise is no better than any other, so a choice has to be clear.
+
+    Args:
+        kl: by choice, the default first: float [P] at the same positions.
+    """
+    default = next(iter(kl))
+    clear = [default]
+    for choice, values in kl.items():
+        gain = kl[default] - values
+        if len(gain) > 1 and float(gain.mean()) > standard_errors * float(gain.std()) / len(gain) ** 0.5:
+            clear.append(choice)
+    return min(clear, key=lambda choice: float(kl[choice].mean()))
 
 
 def _judged_positions(samples: Sequence[ProcessedSample], batches: list[Batch]) -> dict[int, torch.Tensor]:

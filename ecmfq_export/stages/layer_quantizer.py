@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,9 @@ from ecmfq_export.quant.rounding import RoundingSettings, quantize_weight, relat
 from ecmfq_export.quant.token_weights import Weighting, combine, cross_modal_scores, fusion_weight
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.attention_view import LinearGroup
+from ecmfq_export.stages.expert_chunks import ChunkSettings, RoutedBatch, round_down, round_gate_up
 from ecmfq_export.stages.methods import resolve
+from ecmfq_export.stages.ranks import ALONE, Ranks
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack
 
@@ -45,25 +47,28 @@ class LayerQuantizer:
     Args:
         layer: floating point, smoothing folded in.
         index: its number.
-        train, heldout: streams; only `train` enters Hessians.
+        train, heldout: streams; only `train` enters Hessians until :meth:`refit`.
         rho: float [2], weight of text and vision tokens.
         config: settings.
+        ranks: processes that share the routed experts.
 
     Attributes:
         errors: by weighting, then by group (the attention's, ``gate_up``, ``down``): each expert's relative output error on the
-            search side, float32 [E], see :func:`ecmfq_export.quant.rounding.relative_error`.
-        tokens: int64 [E, 2], text and vision tokens of the search side that each expert computed; filled by the first weighting.
+            samples in the Hessians, float32 [E], see :func:`ecmfq_export.quant.rounding.relative_error`.
+        tokens: int64 [E, 2], text and vision tokens in the Hessians that each expert computed; filled by the first weighting.
     """
 
     def __init__(
-        self, layer: DecoderLayer, index: int, train: Stream, heldout: Stream, rho: torch.Tensor, config: QuantConfig
+        self, layer: DecoderLayer, index: int, train: Stream, heldout: Stream, rho: torch.Tensor, config: QuantConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._layer, self._index, self._rho, self._config = layer, index, rho, config
-        self._parts = resolve(config)
+        self._parts, self._ranks = resolve(config), ranks
         self._cross = self._parts.cross_strength > 0.0
         self.errors: dict[Weighting, dict[str, torch.Tensor]] = {}
         self.tokens = torch.zeros(mlp_view.num_experts(layer), 2, dtype=torch.int64)
         self._train, self._heldout = train, heldout
+        self._fitted: tuple[Stream, ...] = (train,)
         self._groups = attention_view.groups(layer.spec.attention)
         self._attention: dict[Weighting, dict[str, QTensor]] = {}
         self._attention_errors: dict[Weighting, dict[str, torch.Tensor]] = {}
@@ -77,34 +82,33 @@ class LayerQuantizer:
         bits = mlp_bits(layer.spec, self._config)
         if bits is None:
             return layer
-        settings = self._settings(bits, mlp_group_size(layer.spec, self._config))
+        if not bool(self.tokens.any()):
+            self._count_tokens(layer, weighting)
         gate_up, down = mlp_view.stacked_weights(self._layer)
-        hessian = WeightedHessian(*gate_up.shape[::2], cross=self._cross)
-        count = not bool(self.tokens.any())
-        for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
-            routed = mlp_view.route(layer, x)
-            hessian.add(fake_quantize_per_token(x), routed.expert, self._weights(weighting, batch, routed), routed.token,
-                        reference if self._cross else None)
-            if count:
-                types = batch.types[batch.valid][routed.token]
-                self.tokens += torch.bincount(2 * routed.expert + types, minlength=self.tokens.numel()).view_as(self.tokens)
-        quantized = quantize_weight(gate_up, hessian, settings)
-        errors["gate_up"] = relative_error(gate_up, quantized, hessian.matrix)
-        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantized))
-        del hessian
-        hessian = WeightedHessian(*down.shape[::2], cross=self._cross)
-        spread: list[torch.Tensor] = []
-        for batch, x, reference in self._moe_inputs(layer, self._middle_name(weighting)):
-            routed = mlp_view.route(layer, x)
-            inner = fake_quantize_per_token(mlp_view.intermediate(layer, x, routed))
-            hessian.add(inner, routed.expert, self._weights(weighting, batch, routed),
-                        reference=mlp_view.intermediate(self._layer, reference, routed) if self._cross else None)
-            spread.append(x)
         shrinks = self._parts.rounding == "gptq" and self._parts.kappa > 0.0
-        target = self._spread_hessian(layer, torch.cat(spread), hessian) if shrinks else None
-        quantized = quantize_weight(down, hessian, settings, target=target)
-        errors["down"] = relative_error(down, quantized, hessian.matrix)
+        settings = ChunkSettings(self._settings(bits, mlp_group_size(layer.spec, self._config)), self._cross, shrinks,
+                                 int(self._config.expert_memory_gb * 1e9), self._ranks)
+        attended = layer
+
+        def batches() -> Iterator[RoutedBatch]:
+            for store, batch, x, reference in self._moe_inputs(attended, self._middle_name(weighting)):
+                routed = mlp_view.route(attended, x)
+                yield RoutedBatch(x, reference, routed, self._weights(weighting, batch, store, routed))
+
+        quantized, errors["gate_up"] = round_gate_up(layer, gate_up, batches, settings)
+        layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantized))
+        spread = self._spread(torch.cat([batch.x for batch in batches()])) if shrinks else None
+        quantized, errors["down"] = round_down(layer, self._layer, down, batches, spread, settings)
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
+
+    def refit(self, weighting: Weighting, layer: DecoderLayer) -> DecoderLayer:
+        """As :meth:`quantize`, of the same floating-point `layer`, which may have been dropped in between, with the held-out samples in
+        the Hessians too: once a choice has been judged on them they need not be kept out, and more tokens make a better Hessian."""
+        self._layer = layer
+        self._fitted = (self._train, self._heldout)
+        self._attention.clear()
+        self.tokens.zero_()
+        return self.quantize(weighting)
 
     def outputs(self, layer: DecoderLayer, weighting: Weighting, side: str, into: str) -> None:
         """Write the quantized layer's outputs of one side (``"train"`` or ``"heldout"``), DeepStack included, to ``{into}/{i}``."""
@@ -136,7 +140,7 @@ class LayerQuantizer:
                 middle = hidden + layer.linear(context, "self_attn.o_proj")
                 out = middle + layer.mlp(layer.moe_input(middle))
                 stream.store.put(f"fp.next/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
-                if stream is self._train:
+                if stream is self._train or self._parts.chooses_weighting:
                     scores = cross_modal_scores(probs, batch.types, batch.valid)
                     phi = fusion_weight(scores, batch.types, batch.valid, strength)
                     for name, value in (("phi", phi), ("context", context), ("middle", middle)):
@@ -176,21 +180,21 @@ class LayerQuantizer:
     def _quantize_group(self, layer: DecoderLayer, group: LinearGroup, kind: Weighting, bits: int) -> dict[str, QTensor]:
         """One group of projections; in `layer` the groups before it are quantized."""
         weight = attention_view.stacked_weight(self._layer, group)
-        hessian = WeightedHessian(1, weight.shape[-1], cross=self._cross)
-        store = self._train.store
-        for batch in self._train.batches:
+        hessian = WeightedHessian(1, weight.shape[-1], self._cross, "operators")
+        for store, batch in self._in_hessians():
             if group is self._groups[-1]:
                 x, reference = (store.get(f"layer.{name}/{batch.index}") for name in ("context.q", "context"))
             else:
                 x, reference = (attention_view.tap(side, store.get(f"{stream}/{batch.index}"), batch, group.name)
                                 for side, stream in ((layer, "q"), (self._layer, "fp")))
-            self._add_dense(hessian, x, reference, kind, batch)
+            self._add_dense(hessian, x, reference, kind, batch, store)
         settings = self._settings(bits, -1)
+        settings = replace(settings, faq=replace(settings.faq, threads="operators"))
         if self._parts.align_routing and group is self._groups[-1] and isinstance(layer.spec.mlp, MoESpec):
             quantized = self._aligned(layer, group, weight, hessian, settings)
         else:
             quantized = quantize_weight(weight, hessian, settings)
-        self._attention_errors[kind][group.name] = relative_error(weight, quantized, hessian.matrix)
+        self._attention_errors[kind][group.name] = relative_error(weight, quantized, hessian.matrix, threads="operators")
         return attention_view.named_weights(self._layer, group, mlp_view.unstack(quantized))
 
     def _aligned(
@@ -211,40 +215,42 @@ class LayerQuantizer:
         return routing_divergence(torch.cat(logits[0]), torch.cat(logits[1]), layer.spec.mlp.top_k)
 
     def _add_dense(
-        self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch
+        self, hessian: WeightedHessian, x: torch.Tensor, reference: torch.Tensor, kind: Weighting, batch: Batch, store: ActivationStore
     ) -> None:
         valid = batch.valid
-        rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
+        rho, phi = self._rho[batch.types][valid], store.get(f"layer.phi/{batch.index}")[valid]
         ones = torch.ones_like(rho)
         hessian.add(fake_quantize_per_token(x[valid]), torch.zeros(len(rho), dtype=torch.int64), combine(kind, rho, ones, phi),
                     reference=reference[valid] if self._cross else None)
 
-    def _moe_inputs(self, layer: DecoderLayer, middle: str) -> Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        """By batch of the search side: MLP inputs [T, d] of the quantized and of the floating-point model, without padding."""
-        for batch in self._train.batches:
-            x, reference = (layer.moe_input(self._train.store.get(f"{name}/{batch.index}")[batch.valid])
-                            for name in (middle, "layer.middle"))
-            yield batch, x, reference
+    def _in_hessians(self) -> Iterable[tuple[ActivationStore, Batch]]:
+        """Every batch that enters Hessians, with the store that holds its activations."""
+        return ((stream.store, batch) for stream in self._fitted for batch in stream.batches)
 
-    def _weights(self, weighting: Weighting, batch: Batch, routed: mlp_view.Routed) -> torch.Tensor:
+    def _moe_inputs(
+        self, layer: DecoderLayer, middle: str
+    ) -> Iterable[tuple[ActivationStore, Batch, torch.Tensor, torch.Tensor]]:
+        """By batch in the Hessians: MLP inputs [T, d] of the quantized and of the floating-point model, without padding."""
+        for store, batch in self._in_hessians():
+            x, reference = (layer.moe_input(store.get(f"{name}/{batch.index}")[batch.valid]) for name in (middle, "layer.middle"))
+            yield store, batch, x, reference
+
+    def _weights(self, weighting: Weighting, batch: Batch, store: ActivationStore, routed: mlp_view.Routed) -> torch.Tensor:
         valid = batch.valid
-        rho, phi = self._rho[batch.types][valid], self._train.store.get(f"layer.phi/{batch.index}")[valid]
+        rho, phi = self._rho[batch.types][valid], store.get(f"layer.phi/{batch.index}")[valid]
         return combine(weighting, rho[routed.token], routed.gate, phi[routed.token], self._config.gate_power,
                        mlp_view.probability(routed))
 
-    def _spread_hessian(self, layer: DecoderLayer, x: torch.Tensor, own: WeightedHessian) -> torch.Tensor:
-        """What each expert's down projection reads from a sample of all the layer's tokens, [E, I, I].
+    def _count_tokens(self, layer: DecoderLayer, weighting: Weighting) -> None:
+        for _, batch, x, _ in self._moe_inputs(layer, self._middle_name(weighting)):
+            routed = mlp_view.route(layer, x)
+            types = batch.types[batch.valid][routed.token]
+            self.tokens += torch.bincount(2 * routed.expert + types, minlength=self.tokens.numel()).view_as(self.tokens)
 
-        Experts have channels of their own there, so a sum over experts would mean nothing.
-        """
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        """A sample of all the layer's tokens."""
         generator = torch.Generator().manual_seed(self._config.seed * 104729 + self._index)
-        chosen = x[torch.randperm(len(x), generator=generator, device="cpu")[:SPREAD_TOKENS].to(x.device)]
-        total = WeightedHessian(*own.matrix.shape[:2])
-        for some in chosen.split(64):
-            routed = mlp_view.route_everywhere(layer, some)
-            inner = fake_quantize_per_token(mlp_view.intermediate(layer, some, routed))
-            total.add(inner, routed.expert, torch.ones(len(inner)))
-        return total.matrix
+        return x[torch.randperm(len(x), generator=generator, device="cpu")[:SPREAD_TOKENS].to(x.device)]
 
     def _settings(self, bits: int, group_size: int) -> RoundingSettings:
         config, parts = self._config, self._parts

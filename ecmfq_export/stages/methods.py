@@ -172,8 +172,8 @@ def calibration_settings(config: QuantConfig) -> dict[str, Any]:
 def smoothing_settings(config: QuantConfig) -> dict[str, Any]:
     """What shapes stage smooth."""
     parts = resolve(config)
-    settings: dict[str, Any] = {"attention": config.attention, "group_size": config.group_size, "smoothing": parts.smoothing,
-                                "smooth_rounding": parts.smooth_rounding, "seed": config.seed,
+    settings: dict[str, Any] = {"attention": config.attention, "expert_bits": config.expert_bits, "group_size": config.group_size,
+                                "smoothing": parts.smoothing, "smooth_rounding": parts.smooth_rounding, "seed": config.seed,
                                 "rotate": parts.rotate}
     if parts.smoothing == "ecs":
         settings |= {"fusion_lambda": config.fusion_lambda, "theta": config.theta, "gate_power": config.gate_power,
@@ -186,8 +186,8 @@ def smoothing_settings(config: QuantConfig) -> dict[str, Any]:
 def rounding_settings(config: QuantConfig) -> dict[str, Any]:
     """What shapes stage quantize."""
     parts = resolve(config)
-    settings: dict[str, Any] = {"attention": config.attention, "lm_head": config.lm_head, "group_size": config.group_size,
-                                "rounding": parts.rounding, "clip": parts.clip, "rotate": parts.rotate}
+    settings: dict[str, Any] = {"attention": config.attention, "expert_bits": config.expert_bits, "lm_head": config.lm_head,
+                                "group_size": config.group_size, "rounding": parts.rounding, "clip": parts.clip, "rotate": parts.rotate}
     if not parts.needs_data:
         return settings
     settings |= {"weightings": list(parts.weightings), "balanced": parts.balanced, "fusion_lambda": config.fusion_lambda,

@@ -5,7 +5,7 @@ Shared experts are the last ones of the stack; every token's pairs with them hav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +23,7 @@ class Routed:
         gate: float32 [P], final combine weights.
         dispatch: of the decoder; None for a dense MLP.
         routing: of the decoder; None for a dense MLP.
+        rows: which rows these are of the whole layer's.
     """
 
     token: torch.Tensor
@@ -30,6 +31,7 @@ class Routed:
     gate: torch.Tensor
     dispatch: Dispatch | None
     routing: Routing | None
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 def num_experts(layer: DecoderLayer) -> int:
@@ -55,7 +57,7 @@ def with_quantized(layer: DecoderLayer, weights: dict[str, QTensor]) -> DecoderL
 def named_gate_up(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
     """A stacked gate-up weight under the layer's own names."""
     if isinstance(layer.spec.mlp, MoESpec):
-        return {"mlp.experts.gate_up_proj": weight}
+        return {"mlp.experts.gate_up_proj": weight.in_storage()}
     flat, half = unstack(weight), weight.shape[1] // 2
     return {"mlp.gate_proj.weight": flat.rows(0, half), "mlp.up_proj.weight": flat.rows(half, 2 * half)}
 
@@ -63,7 +65,7 @@ def named_gate_up(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
 def named_down(layer: DecoderLayer, weight: QTensor) -> dict[str, QTensor]:
     """A stacked down weight under the layer's own name."""
     if isinstance(layer.spec.mlp, MoESpec):
-        return {"mlp.experts.down_proj": weight}
+        return {"mlp.experts.down_proj": weight.in_storage()}
     return {"mlp.down_proj.weight": unstack(weight)}
 
 
@@ -80,6 +82,17 @@ def route(layer: DecoderLayer, x: torch.Tensor) -> Routed:
     routing = layer.route(x)
     where = layer.dispatch(routing)
     return Routed(where.token, where.expert, routing.topk_weights[where.token, where.slot], where, routing)
+
+
+def only(routed: Routed, part: slice) -> Routed:
+    """The rows of `routed` that go to the experts in `part`; their outputs alone cannot be combined."""
+    if routed.dispatch is None:
+        return routed
+    where = routed.dispatch
+    low, high = (int(where.offsets[expert]) for expert in (part.start, part.stop))
+    rows = slice(low, high)
+    some = Dispatch(where.token[rows], where.slot[rows], where.expert[rows], where.offsets.clamp(low, high) - low, where.inverse[:0])
+    return Routed(some.token, some.expert, routed.gate[rows], some, routed.routing, rows)
 
 
 def route_everywhere(layer: DecoderLayer, x: torch.Tensor) -> Routed:

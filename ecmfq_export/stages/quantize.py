@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter
-from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
+from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, load_layer
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.qtensor import QTensor
@@ -24,16 +24,14 @@ from ecmfq_export.quant.token_weights import Weighting
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
-from ecmfq_export.stages.judge import Judge
+from ecmfq_export.stages.judge import Judge, clearly_best
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
+from ecmfq_export.stages.layer_states import LayerStates, Side, drop_states
 from ecmfq_export.stages.methods import resolve, rounding_settings
 from ecmfq_export.stages.recipes import attention_bits, check_supported, mlp_bits, mlp_group_size
 from ecmfq_export.stages.resources import DEFAULT, Resources
 from ecmfq_export.stages.smooth import SCALES, load_scales, text_rho
 from ecmfq_export.stages.streams import ActivationStore, drop_deepstack, prepare_batches
-
-STATE = ".state"
-"""Prefix of directories, inside the stage's working directory, with the activations that enter the next layer."""
 
 LAYERS, SMOOTHING = "quantization.json", "smoothing_scales.safetensors"
 """What was done to each layer (see :func:`quantize`), and the scales that were folded in, as stage smooth wrote them."""
@@ -61,41 +59,51 @@ def quantize(
     parts = resolve(config)
     if parts.needs_data and calibration_dir is None:
         raise UserError(f"method '{config.method}' needs a calibration directory", "run calibrate first, or set method = 'rtn'")
-    settings = rounding_settings(config)
-    inputs = {"model": bundle.fingerprint(model_dir)}
+    settings, ranks = rounding_settings(config), resources.ranks
+    read = {"model": model_dir}
     if parts.needs_data and calibration_dir is not None:
-        inputs["calibration"] = bundle.fingerprint(calibration_dir)
-        if smoothing_dir is not None:
-            inputs["smoothing"] = bundle.fingerprint(smoothing_dir)
-    if bundle.is_current(out_dir, "quantize", settings, inputs):
+        read |= {"calibration": calibration_dir} | ({} if smoothing_dir is None else {"smoothing": smoothing_dir})
+    inputs = ranks.from_first(lambda: {name: bundle.fingerprint(path) for name, path in read.items()})
+    if ranks.from_first(lambda: bundle.is_current(out_dir, "quantize", settings, inputs)):
         progress.note(f"{out_dir}: up to date")
         return out_dir
     model = open_model(model_dir)
     if model.quantization is not None:
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     check_supported(model.spec, config)
-    with bundle.write_stage(out_dir, "quantize", settings, inputs, resume=True) as (work, info):
+    fewest = min((layer.mlp.total_experts for layer in model.spec.layers if isinstance(layer.mlp, MoESpec)), default=1)
+    if ranks.size > fewest:
+        raise UserError(f"{ranks.size} processes share layers of {fewest} experts", f"start at most {fewest} (torchrun --nproc-per-node)")
+    if model.unused:
+        progress.note(model.unused_note("copied unchanged into the quantized checkpoint"))
+    with ranks.write_stage(out_dir, "quantize", settings, inputs) as (work, info):
         info["method"] = config.method
         writer = QuantizedWriter(work, model, rotated_down=parts.rotate == "residual_online")
         if parts.needs_data and calibration_dir is not None:
             scales = load_scales(smoothing_dir) if smoothing_dir is not None else {}
-            if smoothing_dir is not None:
+            if smoothing_dir is not None and ranks.first:
                 shutil.copyfile(smoothing_dir / SCALES, work / SMOOTHING)
             _Run(model, load_calibration(calibration_dir), scales, config, writer, progress, resources).run(info)
-        else:
+        elif ranks.first:
             for index in progress.track(range(model.spec.num_layers), "round to nearest", model.spec.num_layers):
                 if not writer.has_layer(index):
                     layer = _prepared(model, index, LayerScales(), config)
                     layer = rtn_layer(layer, config, "mse" if parts.clip == "mse" else "absmax")
                     writer.write_layer(index, layer.quantized)
                     del layer
-        rest: dict[str, torch.Tensor | QTensor] = {}
-        if config.lm_head == "w8a8":
-            rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip="absmax" if parts.clip == "absmax" else "mse")
-        quantized = writer.finish(rest)
-        _drop_states(work)
-        info.update(layer_bytes(quantized))
+        if ranks.first:
+            info.update(_finish(model, writer, config))
+            drop_states(work)
     return out_dir
+
+
+def _finish(model: MoEVLM, writer: QuantizedWriter, config: QuantConfig) -> dict[str, int]:
+    """Write what is in no layer, and count bytes."""
+    rest: dict[str, torch.Tensor | QTensor] = {}
+    if config.lm_head == "w8a8":
+        clip: Clip = "absmax" if resolve(config).clip == "absmax" else "mse"
+        rest["lm_head.weight"] = quantize_rtn(model.tensor("lm_head.weight"), 8, clip=clip)
+    return layer_bytes(writer.finish(rest))
 
 
 def _prepared(model: MoEVLM, index: int, scales: LayerScales, config: QuantConfig) -> DecoderLayer:
@@ -141,19 +149,27 @@ class _Run:
             samples = self._calibration.samples.choose(self._calibration.heldout)
             judge = Judge(self._model, samples, heldout.batches, heldout.store)
             rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0], device=resources.device)
-            start, log = self._restore({"train": train, "heldout": heldout})
+            states = LayerStates(work, {name: Side(stream.batches, stream.store, ("fp", "q"))
+                                        for name, stream in (("train", train), ("heldout", heldout))}, resources.ranks)
+            written = next((index for index in range(layers) if not self._writer.has_layer(index)), layers)
+            start, log, _ = states.restore(written)
+            if log is None and written == layers and (work / LAYERS).is_file():  # stopped while the result was hashed
+                start, log = layers, json.loads((work / LAYERS).read_text(encoding="utf-8"))
+            log = log or []
             if start:
                 self._progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
             for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
                 with resources.math():
                     layer, entry = self._layer(index, train, heldout, judge, rho)
-                self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
+                if resources.ranks.first:
+                    self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
                 del layer
                 for stream in (train, heldout):
                     drop_deepstack(index, stream.batches, stream.store)
                 log.append(entry)
-                self._save({"train": train, "heldout": heldout}, index + 1, log)
-        bundle.write_json(self._writer.work_dir / LAYERS, log)
+                states.save(index + 1, log, last=index + 1 == layers)
+        if resources.ranks.first:
+            bundle.write_json(work / LAYERS, log)
         brief = [{key: entry[key] for key in ("layer", "weighting", "kl")} for entry in log]
         info.update(layers=brief, heldout_kl=log[-1]["kl"][log[-1]["weighting"]], rho_text=float(rho[0]), heldout_samples=len(samples),
                     heldout_is_calibration=not self._parts.chooses_weighting)
@@ -169,12 +185,16 @@ class _Run:
             store.put(f"q/{batch.index}", store.get(f"fp/{batch.index}"))
         return Stream(batches, store)
 
+    def _folded(self, index: int) -> DecoderLayer:
+        """The floating-point layer on the device, scales folded in."""
+        return _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config).to(self._resources.device)
+
     def _layer(
         self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor
     ) -> tuple[DecoderLayer, dict[str, Any]]:
         """Quantize one layer, keep the best weighting, and move both streams behind it; the layer in host memory and its log entry."""
-        folded = _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config).to(self._resources.device)
-        quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config)
+        folded = self._folded(index)
+        quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config, self._resources.ranks)
         wanted = self._parts.weightings
         judged = len(wanted) > 1 or index + 1 == self._model.spec.num_layers
         candidates: dict[Weighting, DecoderLayer] = {weighting: quantizer.quantize(weighting) for weighting in wanted}
@@ -186,12 +206,17 @@ class _Run:
             quantizer.outputs(candidate, weighting, "heldout", f"out.{weighting}")
             candidate.drop_integers()
         kl: dict[Weighting, float] = {}
+        best = wanted[0]
         if judged:
             found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
-            kl = {weighting: found[f"out.{weighting}"] for weighting in wanted}
-        best = min(wanted, key=lambda weighting: kl[weighting]) if len(wanted) > 1 else wanted[0]
+            kl = {weighting: float(found[f"out.{weighting}"].mean()) for weighting in wanted}
+            best = clearly_best({weighting: found[f"out.{weighting}"] for weighting in wanted})
         layer = candidates.pop(best)
         candidates.clear()
+        if len(wanted) > 1:
+            # Read once more: it was not in memory beside the layers that the judge read.
+            layer = quantizer.refit(best, self._folded(index))
+            quantizer.drop_weights()
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
             for batch in stream.batches:
@@ -203,42 +228,6 @@ class _Run:
         layer.drop_integers()
         return layer.to("cpu"), entry
 
-    def _save(self, streams: dict[str, Stream], next_layer: int, log: list[dict[str, Any]]) -> None:
-        """Keep what the next layer starts from: written beside, synced and renamed, so that it is whole or not there."""
-        work = self._writer.work_dir
-        temporary = work / f"{STATE}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        if next_layer < self._model.spec.num_layers:
-            for side, stream in streams.items():
-                for batch in stream.batches:
-                    rows = {name: TensorToWrite.of(stream.store.get(f"{name}/{batch.index}").cpu()) for name in ("fp", "q")}
-                    write_safetensors(temporary / f"{side}.{batch.index}.safetensors", rows)
-        bundle.write_json(temporary / "log.json", log)
-        # The new state is in place before the old one goes, so that a kill in between loses nothing.
-        temporary.rename(work / f"{STATE}.{next_layer}")
-        shutil.rmtree(work / f"{STATE}.{next_layer - 1}", ignore_errors=True)
-
-    def _restore(self, streams: dict[str, Stream]) -> tuple[int, list[dict[str, Any]]]:
-        """The layer to go on with, and the log of those before it; streams are moved there."""
-        layers = self._model.spec.num_layers
-        for index in range(layers, 0, -1):
-            state = self._writer.work_dir / f"{STATE}.{index}"
-            if not state.is_dir() or not all(self._writer.has_layer(i) for i in range(index)):
-                continue
-            for side, stream in streams.items() if index < layers else ():
-                for batch in stream.batches:
-                    with safe_open(state / f"{side}.{batch.index}.safetensors", framework="pt") as file:
-                        for name in ("fp", "q"):
-                            stream.store.put(f"{name}/{batch.index}", file.get_tensor(name))
-            return index, json.loads((state / "log.json").read_text(encoding="utf-8"))
-        return 0, []
-
-
-def _drop_states(work: Path) -> None:
-    for state in work.glob(f"{STATE}.*"):
-        shutil.rmtree(state)
-
 
 def layer_bytes(model: MoEVLM) -> dict[str, int]:
     """Bytes on disk of the quantized weights with their scales, and what the same weights take in 16 bits."""
@@ -246,8 +235,11 @@ def layer_bytes(model: MoEVLM) -> dict[str, int]:
     for name in model.names():
         if model.recipe(name) == "float":
             continue
-        weight = model.qtensor(name)
-        taken += weight.qvalue.numel() * weight.num_bits // 8 + weight.scale.numel() * 2
-        taken += 0 if weight.group_multiplier is None else weight.group_multiplier.numel()
-        full += weight.qvalue.numel() * 2
+        shape = model.shape(name)
+        # One expert tells of all of them what the scales look like.
+        weight = model.qtensor(name, 0, 1) if len(shape) == 3 else model.qtensor(name)
+        count, share = math.prod(shape), math.prod(shape) // weight.qvalue.numel()
+        taken += count * weight.num_bits // 8 + share * weight.scale.numel() * 2
+        taken += 0 if weight.group_multiplier is None else share * weight.group_multiplier.numel()
+        full += count * 2
     return {"quantized_bytes": taken, "quantized_bytes_in_16_bits": full}

@@ -16,8 +16,8 @@ def attention_bits(config: QuantConfig) -> int | None:
 
 
 def mlp_bits(spec: DecoderLayerSpec, config: QuantConfig) -> int | None:
-    """Weight bits of the MLP: 4 for experts; a dense MLP follows the attention's recipe, being run by the same kernels."""
-    return 4 if isinstance(spec.mlp, MoESpec) else attention_bits(config)
+    """Weight bits of the MLP: ``expert_bits`` for experts; a dense MLP follows the attention's recipe, being run by the same kernels."""
+    return config.expert_bits if isinstance(spec.mlp, MoESpec) else attention_bits(config)
 
 
 def mlp_group_size(spec: DecoderLayerSpec, config: QuantConfig) -> int:

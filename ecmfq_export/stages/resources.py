@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ecmfq_export.errors import UserError
+from ecmfq_export.stages.ranks import ALONE, Ranks
 
 ACTIVATION_BYTES = 1 << 30
 
@@ -22,10 +23,12 @@ class Resources:
     Attributes:
         activation_bytes: activations between layers that a stage holds in memory; what is more lies on disk.
         device: what computes, ``cpu`` or a CUDA device; weights and activations come to it layer by layer and batch by batch.
+        ranks: the processes that share the work.
     """
 
     activation_bytes: int = ACTIVATION_BYTES
     device: str = "cpu"
+    ranks: Ranks = ALONE
 
     @contextlib.contextmanager
     def math(self) -> Iterator[None]:
@@ -39,7 +42,7 @@ class Resources:
     def scratch(self, work: Path, name: str) -> Path:
         """An empty place for a store's files inside a stage's working directory: on the output's disk, not in a temporary directory
         that could be memory, and found and removed by the next run where this one is killed."""
-        directory = work / f".activations.{name}"
+        directory = work / f".activations.{name}.{self.ranks.rank}"
         shutil.rmtree(directory, ignore_errors=True)
         return directory
 

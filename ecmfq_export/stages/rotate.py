@@ -43,6 +43,8 @@ def rotate(model_dir: Path, out_dir: Path, config: QuantConfig, progress: Progre
         raise UnsupportedError(f"{model_dir} is quantized already", "give the floating-point checkpoint")
     if (model_dir / NOTE).exists():
         raise UnsupportedError(f"{model_dir} is rotated already: it has a {NOTE}", "give the original, or set rotate = 'none'")
+    if model.unused:
+        progress.note(model.unused_note("left out of the rotated checkpoint, in whose basis they would compute wrongly"))
     rotated = RotatedModel(model, config.seed, parts.rotate_values)
     _require_space(rotated, out_dir)
     with bundle.write_stage(out_dir, "rotate", settings, inputs, resume=True) as (work, info):

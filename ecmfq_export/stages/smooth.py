@@ -26,6 +26,7 @@ from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibrate import routed_mass
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales
+from ecmfq_export.stages.layer_states import LayerStates, Side, drop_states
 from ecmfq_export.stages.methods import SMOOTHINGS, resolve, smoothing_settings
 from ecmfq_export.stages.recipes import attention_bits, mlp_bits, mlp_group_size
 from ecmfq_export.stages.resources import DEFAULT, Resources
@@ -34,9 +35,6 @@ from ecmfq_export.stages.streams import ActivationStore, Batch, add_deepstack, d
 SCALES, SEARCH = "scales.safetensors", "search.json"
 MAX_TOKENS = 16384
 """Tokens a layer's searches look at, search and held-out each; more are sampled down."""
-
-Side = tuple[list[Batch], ActivationStore]
-
 
 @dataclass(frozen=True)
 class Taps:
@@ -74,11 +72,9 @@ def smooth(
         return out_dir
     calibration = load_calibration(calibration_dir)
     model = open_model(model_dir)
-    with bundle.write_stage(out_dir, "smooth", settings, inputs) as (work, info):
+    with bundle.write_stage(out_dir, "smooth", settings, inputs, resume=True) as (work, info):
         found, log = search_model(model, calibration, config, progress, resources, work)
-        tensors = {f"layers.{i}.{name}": TensorToWrite.of(scale)
-                   for i, scales in found.items() for name, scale in scales.named().items()}
-        write_safetensors(work / SCALES, tensors)
+        write_safetensors(work / SCALES, {name: TensorToWrite.of(scale) for name, scale in _Results(found, log).named().items()})
         bundle.write_json(work / SEARCH, log)
         searches = [entry for entry in log.values() if "accepted" in entry]
         info.update(smoothing=settings["smoothing"], searches=len(searches), accepted=sum(bool(entry["accepted"]) for entry in searches))
@@ -93,15 +89,20 @@ def load_scales(directory: Path) -> dict[int, LayerScales]:
         BundleError: it is no smoothing directory, or a file in it was changed.
     """
     bundle.verify(directory, bundle.read_manifest(directory, "smooth"))
-    grouped: dict[int, dict[str, torch.Tensor]] = {}
     try:
         with safe_open(directory / SCALES, framework="pt") as file:
-            for key in file.keys():
-                _, index, name = key.split(".")
-                grouped.setdefault(int(index), {})[name] = file.get_tensor(key)
-        return {index: LayerScales(**named) for index, named in grouped.items()}
+            return scales_by_layer({key: file.get_tensor(key) for key in file.keys()})
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise BundleError(f"{directory / SCALES} cannot be read: {error}", "run smooth again") from None
+
+
+def scales_by_layer(tensors: dict[str, torch.Tensor]) -> dict[int, LayerScales]:
+    """Scales named ``layers.{i}.<name>``, by layer."""
+    grouped: dict[int, dict[str, torch.Tensor]] = {}
+    for key, scale in tensors.items():
+        _, index, name = key.split(".")
+        grouped.setdefault(int(index), {})[name] = scale
+    return {index: LayerScales(**named) for index, named in grouped.items()}
 
 
 @torch.no_grad()
@@ -111,25 +112,27 @@ def search_model(
     """Search every layer while the floating-point activations stream through; the scales, and a log by search.
 
     Args:
-        work: a directory for activations beyond the memory limit.
+        work: a directory for activations beyond the memory limit, and for what an interrupted run goes on from.
     """
     found: dict[int, LayerScales] = {}
     log: dict[str, dict[str, Any]] = {}
+    results = _Results(found, log)
     searcher = _Searcher(model, calibration, config, resources, work)
     if config.smooth_alpha == 0.0 and searcher.parts.smoothing == "smoothquant":
         losses = torch.zeros(len(smoothquant.ALPHAS), dtype=torch.float64)
-        for _, layer, train, heldout in searcher.layers(progress, "choose the model's alpha"):
+        for _, layer, train, heldout in searcher.layers(progress, "choose the model's alpha", None):
             with resources.math():
                 for target in searcher.targets(layer, train, heldout):
                     losses += smoothquant.alpha_losses(target.train, target.weight, target.omega, target.bits, tie=target.tie,
                                                        rounding=searcher.parts.smooth_rounding, group_size=target.group_size).cpu()
         searcher.options["alpha"] = smoothquant.ALPHAS[int(losses.argmin())]
-    for index, layer, train, heldout in searcher.layers(progress, "search smoothing scales"):
+    for index, layer, train, heldout in searcher.layers(progress, "search smoothing scales", results):
         with resources.math():
             scales = searcher.search(index, layer, train, heldout, log)
         del layer, train, heldout
         if scales.named():
             found[index] = LayerScales(**{name: scale.cpu() for name, scale in scales.named().items()})
+    drop_states(work)
     return found, log
 
 
@@ -166,6 +169,23 @@ def _tap(
 
 
 @dataclass(frozen=True)
+class _Results:
+    """What searches have found so far: scales by layer, and a log by search."""
+
+    found: dict[int, LayerScales]
+    log: dict[str, dict[str, Any]]
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Scales as they are written to disk, by ``layers.{i}.<name>``."""
+        return {f"layers.{i}.{name}": scale for i, scales in self.found.items() for name, scale in scales.named().items()}
+
+    def take(self, log: dict[str, dict[str, Any]] | None, scales: dict[str, torch.Tensor]) -> None:
+        """Go on from what an interrupted run had."""
+        self.log.update(log or {})
+        self.found.update(scales_by_layer(scales))
+
+
+@dataclass(frozen=True)
 class _Target:
     """Everything that one shared scale is searched for."""
 
@@ -194,8 +214,13 @@ class _Searcher:
         elif self.parts.smoothing == "smoothquant":
             self.options["alpha"] = config.smooth_alpha
 
-    def layers(self, progress: Progress, description: str) -> Iterator[tuple[int, DecoderLayer, Taps, Taps]]:
+    def layers(
+        self, progress: Progress, description: str, results: _Results | None
+    ) -> Iterator[tuple[int, DecoderLayer, Taps, Taps]]:
         """Every layer with what its searches read, search and held-out side.
+
+        `results` are kept behind every layer, and layers that an interrupted run has searched are passed over, their results read back;
+        None keeps nothing.
 
         A method without a gate has no use for samples that its search may not see: it searches on all of them.
         """
@@ -207,7 +232,15 @@ class _Searcher:
             sides = [(list(prepare_batches(self._model, part, store)), store)
                      for part, store in zip(chosen, (train_store, heldout_store), strict=True)]
             self._rho = text_rho(self._calibration.gamma, sides[0][0], self.parts.balanced)
-            for index in progress.track(range(self._model.spec.num_layers), description, self._model.spec.num_layers):
+            layers, start = self._model.spec.num_layers, 0
+            names = ("train", "heldout")
+            states = LayerStates(self._work, {name: Side(*side, ("hidden",)) for name, side in zip(names, sides, strict=True)})
+            if results is not None:
+                start, log, scales = states.restore(layers)
+                results.take(log, scales)
+            if start:
+                progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
+            for index in progress.track(range(start, layers), description, layers - start):
                 layer = load_layer(self._model, index).to(device)
                 with self._resources.math():
                     train, heldout = (_tap(layer, index, *side, self._config, salt) for salt, side in enumerate(sides))
@@ -216,6 +249,8 @@ class _Searcher:
                 yield index, layer, train, heldout
                 # Nothing of this layer may be held while the next one is read.
                 del layer, train, heldout
+                if results is not None:
+                    states.save(index + 1, results.log, results.named(), last=index + 1 == layers)
 
     def search(self, index: int, layer: DecoderLayer, train: Taps, heldout: Taps, log: dict[str, Any]) -> LayerScales:
         """The layer's scales; what was found goes into `log`."""

@@ -18,6 +18,7 @@ from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.torch_decoder import DecoderLayer
 from ecmfq_export.runtime import host_inputs
 from ecmfq_export.runtime.sample import ProcessedSample
+from ecmfq_export.stages.ranks import ALONE, Ranks
 from ecmfq_export.stages.resources import ACTIVATION_BYTES
 
 BATCH_TOKENS = 2048
@@ -152,7 +153,7 @@ class Batch:
 
 def prepare_batches(
     model: MoEVLM, samples: Iterable[ProcessedSample], store: ActivationStore, *, batch_tokens: int = BATCH_TOKENS,
-    stream: str = "hidden",
+    stream: str = "hidden", ranks: Ranks = ALONE,
 ) -> Iterator[Batch]:
     """Run the vision tower and the embeddings, batch by batch, into `store`: ``{stream}/{index}``, ``deepstack.{i}/{index}``, and the
     rotary tables.
@@ -160,17 +161,23 @@ def prepare_batches(
     Samples are sorted by length within windows of 64 (fewer where images are large), so that little is padding; a batch holds at
     most `batch_tokens` tokens, padding included, or one sample.
 
+    Args:
+        ranks: each of them prepares and yields every so manieth batch; all see all samples.
+
     Raises:
         UserError: a sample that is longer than the model's positions.
     """
     vision: torch.nn.Module | None = None
-    index = 0
+    index = -1
     for window in _windows(enumerate(samples)):
         for group in _groups(sorted(window, key=lambda item: item[1].length), batch_tokens):
             longest = group[-1][1].length
             if longest > model.spec.max_position_embeddings:
                 raise UserError(f"sample {group[-1][0]} has {longest} tokens, the model takes {model.spec.max_position_embeddings}",
                                 "use smaller images or shorter texts")
+            index += 1
+            if index % ranks.size != ranks.rank:
+                continue
             if vision is None and any(sample.pixel_values is not None for _, sample in group):
                 vision = model.vision_module().to(store.device)
             inputs = prepare_inputs(model, [sample for _, sample in group], vision=vision)
@@ -182,7 +189,6 @@ def prepare_batches(
                 store.put(f"deepstack.{i}/{index}", deep)
             yield Batch(index, [number for number, _ in group], inputs.token_types.to(store.device), inputs.lengths.to(store.device),
                         len(deepstack), store)
-            index += 1
 
 
 def _windows(items: Iterable[tuple[int, ProcessedSample]]) -> Iterator[list[tuple[int, ProcessedSample]]]:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from ecmfq_export.quant.qtensor import GROUP
 
 BITS = {"w4a8": 4, "w8a8": 8}
+LABELS = {"w4a8": "W4A8 layers", "w8a8": "W8A8 layers", "w4a16": "W4A16 layers", "w8a16": "W8A16 layers"}
+"""Recipes whose bytes are shown, with their names for people."""
 SCALE_BYTES = 2
 
 
@@ -26,6 +28,12 @@ class SizedModel(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def recipe(self, name: str) -> str: ...
+
+    def has_int4(self, name: str) -> bool: ...
+
+    def has_int8(self, name: str) -> bool: ...
+
+    def stored_bytes(self, name: str) -> int: ...
 
 
 def checkpoint_bytes(model: SizedModel) -> dict[str, Any]:
@@ -47,11 +55,16 @@ def checkpoint_bytes(model: SizedModel) -> dict[str, Any]:
         float16_whole += 2 * count
         recipe = model.recipe(name)
         if recipe == "float":
-            continue
-        integers = count * BITS[recipe] // 8
-        # Only four-bit weights have groups; eight-bit ones are always per channel.
-        scales = SCALE_BYTES * count // shape[-1] + (count // GROUP if recipe == "w4a8" and group_size != -1 else 0)
-        by_precision["int4" if recipe == "w4a8" else "int8"] += integers
+            if not (model.has_int4(name) or model.has_int8(name)):
+                continue
+            recipe = "w4a16" if model.has_int4(name) else "w8a16"
+            integers = count * (4 if recipe == "w4a16" else 8) // 8
+            scales = model.stored_bytes(name) - integers  # zero points and group indices too
+        else:
+            integers = count * BITS[recipe] // 8
+            # Only four-bit weights have groups; eight-bit ones are always per channel.
+            scales = SCALE_BYTES * count // shape[-1] + (count // GROUP if recipe == "w4a8" and group_size != -1 else 0)
+        by_precision["int4" if recipe in ("w4a8", "w4a16") else "int8"] += integers
         by_precision["scales"] += scales
         for key in (recipe, "quantized"):
             row = layers.setdefault(key, {"float16": 0, "stored": 0})

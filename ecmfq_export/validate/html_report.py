@@ -13,6 +13,7 @@ from ecmfq_export import __version__
 from ecmfq_export.errors import UserError
 from ecmfq_export.runtime.images import load_rgb
 from ecmfq_export.validate import plots, quantization_plots
+from ecmfq_export.validate.artifact_bytes import LABELS
 from ecmfq_export.validate.html_page import page, table, word
 from ecmfq_export.validate.report import decibel, failures, recall_label
 
@@ -47,8 +48,9 @@ def render(report: dict[str, Any], images: Sequence[Path | None] = ()) -> str:
 def _subtitle(report: dict[str, Any]) -> str:
     model, settings = report["model"], report["settings"]
     positions = report["logits"]["float_vs_quantized"]["positions"]
+    computes = f"{model['computes']}. " if model.get("computes") else ""
     return (
-        f"{model['layers']} layers, hidden size {model['hidden_size']}, {model['experts']} experts, top-{model['top_k']}. "
+        f"{computes}{model['layers']} layers, hidden size {model['hidden_size']}, {model['experts']} experts, top-{model['top_k']}. "
         f"{settings['items']} prompts, {positions:,} positions ({settings['positions']}). Graphs in {settings['onnx_dtype']}. "
         f"ecmfq_export {__version__}."
     )
@@ -115,7 +117,7 @@ def _retrieval(retrieval: dict[str, Any]) -> str:
 
 
 def _bytes_table(sizes: dict[str, Any]) -> str:
-    labels = {"w4a8": "W4A8 layers", "w8a8": "W8A8 layers", "quantized": "all quantized layers"}
+    labels = {**LABELS, "quantized": "all quantized layers"}
     rows = [(label, sizes["layers"][key]) for key, label in labels.items() if key in sizes["layers"]]
     rows.append(("whole checkpoint", sizes["whole"]))
     body = [(label, f"{r['float16']:,}", f"{r['stored']:,}", f"{r['ratio']:.2%}") for label, r in rows]

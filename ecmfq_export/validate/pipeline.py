@@ -74,6 +74,9 @@ def validate(
         UserError: directories that do not belong together, unusable items, or NaN logits. A failed check is no error here.
     """
     floating, quantized = open_model(float_dir), open_model(quantized_dir)
+    graphs = bundle.read_manifest(onnx_dir, "onnx")
+    if graphs.config.get("flavour") == "ort":
+        quantized = quantized.with_float_activations()
     # Rotating unties the output matrix from the embeddings, and changes nothing else.
     if floating.spec != dataclasses.replace(quantized.spec, tie_word_embeddings=floating.spec.tie_word_embeddings):
         raise UserError(f"{float_dir} and {quantized_dir} are different models", "give the checkpoint it was quantized from")
@@ -96,7 +99,7 @@ def validate(
     for sample in prompts.samples:
         session.check_length(sample)
     with bundle.write_stage(out_dir, STAGE, config, inputs) as (work, info):
-        study = _Study(floating, quantized, session, processor, prompts, progress)
+        study = _Study(floating, quantized, session, processor, prompts, progress, graphs.info.get("computes") or _imported(quantized_dir))
         study.run()
         vision, retrieval = study.vision_difference(), study.retrieval()
         # The second session is opened when the first one is gone: each may hold the whole decoder.
@@ -120,6 +123,15 @@ def validate(
     return report
 
 
+def _imported(quantized_dir: Path) -> str:
+    """What an imported checkpoint computes with, and what it was made for; empty for others."""
+    try:
+        manifest = bundle.read_manifest(quantized_dir, "import")
+    except BundleError:
+        return ""
+    return f"W4A8, imported from {manifest.info['method']} (made for W4A16)"
+
+
 def _existing(data: Path) -> Path:
     if not data.exists():
         raise UserError(f"no evaluation file at {data}")
@@ -136,6 +148,7 @@ class _Study:
     processor: Processor
     prompts: Prompts
     progress: Progress
+    computes: str
 
     def __post_init__(self) -> None:
         self.lockstep = Lockstep(self.floating, self.quantized)
@@ -191,7 +204,7 @@ class _Study:
             "schema_version": SCHEMA_VERSION,
             "model": {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size,
                       "experts": moe[0].num_experts if moe else 0, "top_k": moe[0].top_k if moe else 0,
-                      "quantized": self.quantized.quantization is not None},
+                      "quantized": self.quantized.quantization is not None, "computes": self.computes},
             "settings": {"items": len(self.prompts.samples), "positions": self.prompts.positions,
                          "tapped_items": len(self.tapped), "onnx_dtype": self.onnx_dtype},
             "vision": vision,

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ecmfq_export.validate.artifact_bytes import LABELS
+
 BLUE, ORANGE, GREEN, GREY, RED = "#3060a8", "#d9772b", "#3d8b57", "#8a8f98", "#b3392f"
 MODEL_COLORS = {"float": GREY, "quantized": BLUE, "onnx": ORANGE}
 MODEL_LABELS = {"float": "floating point", "quantized": "quantized, PyTorch", "onnx": "quantized, ONNX Runtime"}
@@ -101,11 +103,11 @@ def bytes_plot(report: dict[str, Any]) -> str:
         unit, name = _unit(sizes["whole"]["float16"])
         rows = [("whole model, float16", [("float", sizes["whole"]["float16"])]),
                 ("whole model, now", list(sizes["by_precision"].items()))]  # fmt: skip
-        for key, label in (("w4a8", "W4A8 layers"), ("w8a8", "W8A8 layers")):
+        for key, label in LABELS.items():
             if key in sizes["layers"]:
                 layers = sizes["layers"][key]
                 rows.append((f"{label}, float16", [("float", layers["float16"])]))
-                rows.append((f"{label}, now", [("int4" if key == "w4a8" else "int8", layers["stored"])]))
+                rows.append((f"{label}, now", [("int4" if key.startswith("w4") else "int8", layers["stored"])]))
         colors = {"int4": BLUE, "int8": GREEN, "scales": ORANGE, "float": GREY}
         labels = {"int4": "int4", "int8": "int8", "scales": "scales", "float": "floating point"}
         seen: set[str] = set()

@@ -32,8 +32,13 @@ def read_record(quantized_dir: Path) -> dict[str, Any] | None:
         BundleError: a file that is damaged.
     """
     try:
-        manifest = bundle.read_manifest(quantized_dir, "quantize")
+        manifest = bundle.read_manifest(quantized_dir)
     except BundleError:
+        return None
+    if manifest.stage == "import":
+        method = f"{manifest.info.get('method')}, imported (activations: {manifest.info.get('activations')})"
+        return {"method": method, "layers": [], "scales": {}, "selection": None}
+    if manifest.stage != "quantize":
         return None
     record: dict[str, Any] = {"method": manifest.info.get("method"), "layers": [], "scales": {}, "selection": None}
     path = quantized_dir / LAYERS

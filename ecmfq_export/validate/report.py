@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ecmfq_export.errors import UserError
+from ecmfq_export.validate.artifact_bytes import LABELS
 
 SCHEMA_VERSION = 1
 
@@ -135,7 +136,8 @@ def _checks_table(report: dict[str, Any]) -> Table:
 
 
 def _title(report: dict[str, Any]) -> str:
-    return escape(f"{report['model']['family']}: {report['settings']['items']} prompts, "
+    computes = report["model"].get("computes") or ""
+    return escape(f"{report['model']['family']}{f', {computes}' if computes else ''}: {report['settings']['items']} prompts, "
                   f"{report['logits']['float_vs_quantized']['positions']} positions ({report['settings']['positions']})")  # fmt: skip
 
 
@@ -187,7 +189,7 @@ def _percent(value: float | None) -> str:
 def _bytes_table(report: dict[str, Any]) -> Table:
     table = Table("what", "float16", "now", "ratio", title="bytes", title_justify="left")
     sizes = report["bytes"]
-    labels = {"w4a8": "W4A8 layers", "w8a8": "W8A8 layers", "quantized": "all quantized layers"}
+    labels = {**LABELS, "quantized": "all quantized layers"}
     for key, label in labels.items():
         if key in sizes["layers"]:
             row = sizes["layers"][key]

@@ -58,7 +58,15 @@ int32_t check_pointers(const EcmfqMoeParams& p) {
 
 }  // namespace
 
+#define ECMFQ_TEXT(x) #x
+#define ECMFQ_TEXT_OF(x) ECMFQ_TEXT(x)
+#ifndef CUDART_VERSION  // under the emulator
+#define CUDART_VERSION 0
+#endif
+
 extern "C" {
+
+const char ecmfq_build_info[] = "ecmfq-build cuda=" ECMFQ_TEXT_OF(CUDART_VERSION) " ";
 
 uint32_t ecmfq_abi_version(void) { return ECMFQ_ABI_VERSION; }
 

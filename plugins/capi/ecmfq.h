@@ -91,6 +91,11 @@ typedef struct EcmfqMoeParams {
 } EcmfqMoeParams;
 
 ECMFQ_API uint32_t ecmfq_abi_version(void);
+
+/* "ecmfq-build cuda=13000 ": what compiled the kernels (CUDART_VERSION), for readers of the file's bytes: a driver of an older major
+ * version of CUDA loads none of them. */
+ECMFQ_API extern const char ecmfq_build_info[];
+
 ECMFQ_API const char* ecmfq_status_string(int32_t status);
 
 /* Checks everything but the pointers. ECMFQ_OK, or the first error. */

@@ -41,7 +41,7 @@ def small_data(tmp_path_factory, testbed_modules):
 
     roots = [tmp_path_factory.mktemp("data") for _ in range(2)]
     for root in roots:
-        make_data.write_all(root, {"validation": make_data.Sizes(32, 12), "test": make_data.Sizes(32, 12)}, calibration=27)
+        make_data.write_all(root, {"validation": make_data.Sizes(32, 24), "test": make_data.Sizes(32, 24)}, calibration=27)
     return roots
 
 
@@ -102,14 +102,16 @@ def test_the_package_reads_the_files(small_data) -> None:
     questions = load_questions(small_data[0] / "test")
     assert len(questions) == 32 and len({q.type for q in questions}) >= 14
     captions = load_captions(small_data[0] / "test" / "captions.jsonl")
-    assert len({c.text for c in captions}) == 12
+    assert len({c.text for c in captions}) == 24
     assert all(len(set(c.distractors)) == 3 and c.text not in c.distractors for c in captions)
 
 
 def test_captions_come_in_groups_of_near_duplicates(small_data) -> None:
+    import make_data
+
     rows = [json.loads(line) for line in (small_data[0] / "test" / "captions.jsonl").read_text().splitlines()]
-    for start in range(0, 12, 4):
-        base, *others = (row["text"].replace(",", "").split() for row in rows[start : start + 4])
+    for start in range(0, len(rows), make_data.GROUP):
+        base, *others = (row["text"].replace(",", "").split() for row in rows[start : start + make_data.GROUP])
         assert all(sum(a != b for a, b in zip(base, other, strict=True)) == 1 for other in others)
 
 

@@ -8,10 +8,21 @@ from pathlib import Path
 import pytest
 
 from ecmfq_export.cli import main
+from ecmfq_export.engine.memory import MemoryNeeds, check_memory
+from ecmfq_export.errors import UserError
+from ecmfq_export.target import load_target
 from tests.docs.messages import GAP, templates
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 QUOTED = re.findall(r"^> `(.+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _too_large() -> None:
+    check_memory(MemoryNeeds(2**50, 2, 3, 4), load_target("rtx"))
+
+
+TRIGGERED = {"target '<target>' has <n>, the engine needs <m>: weights <a>, KV cache <b>, other inputs and outputs <c>, scratch <d>": _too_large}
+"""Messages that the source puts together from pieces: they are provoked and not looked up."""
 
 
 def _sources(message: str) -> list[str]:
@@ -34,6 +45,10 @@ def test_there_are_messages() -> None:
 @pytest.mark.parametrize("message", QUOTED)
 def test_a_quoted_message_is_emitted(message: str) -> None:
     assert sum(len(piece) for piece in re.split(r"<[^<>]+>", message)) >= 10, "too little is quoted to find anything by it"
+    if message in TRIGGERED:
+        with pytest.raises(UserError, match="^" + ".+".join(map(re.escape, re.split(r"<[^<>]+>", message)))):
+            TRIGGERED[message]()
+        return
     assert _sources(message), f"no message of the source is {message!r}"
 
 

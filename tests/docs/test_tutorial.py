@@ -51,6 +51,5 @@ def test_the_tutorial_from_top_to_bottom(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     for name in ("bundle/manifest.json", "bundle.html", "compare.html", "bundle/report/report.html", "bundle/onnx/decoder/model.onnx"):
         assert (tmp_path / name).is_file(), name
-    assert "built on the device" in done.stderr + done.stdout
     assert "GFLOP/s" in done.stdout, "the plan"
     assert "settings that differ" in done.stdout

@@ -186,6 +186,11 @@ def test_run_answers_on_the_command_line(bundle_dir: Path, generator: Generator,
     done = command_line("run", str(bundle_dir), "--image", str(image), "--prompt", question["question"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == generator.generate(question["question"], [image]).strip()
+    figures = re.search(r"prompt (\d+) tokens, first token after ([\d.]+) s; (\d+) tokens, .*; memory: (\d+) MiB peak$", done.stderr, re.M)
+    assert figures, done.stderr
+    sample = generator.processor.sample(question["question"], [image])
+    assert int(figures[1]) == sample.length and float(figures[2]) > 0 and int(figures[4]) > 50
+    assert int(figures[3]) == len(generator.generate_batch([sample])[0].token_ids)
 
 
 def test_inspect_shows_bundle_and_engine(bundle_dir: Path) -> None:

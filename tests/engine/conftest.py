@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, library: Path) -> tuple[Path
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, library: Path) -> tuple[Path, EngineInfo]:
-    """One layer with group multipliers for 'dgx-spark': no library embedded, so it has 2 MB and not 20."""
+    """One layer with group multipliers, the library beside the engine and not in it, so it has 2 MB and not 20."""
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("small")
     graph = decoder(folder / "model.onnx", layers=1, group_size=128)
-    info = build_engine(graph, load_target("dgx-spark"), folder / "decoder.engine", profiles=profiles(graph), plugin_library=library)
+    target = load_target("rtx-50")
+    target = dataclasses.replace(target, engine=dataclasses.replace(target.engine, plugin="beside", timing_cache=True))  # as on a device
+    info = build_engine(graph, target, folder / "decoder.engine", profiles=profiles(graph), plugin_library=library,
+                        timing_cache=folder / "timing.cache")
     return folder / "decoder.engine", info

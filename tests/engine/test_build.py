@@ -17,6 +17,7 @@ from ecmfq_export.engine.engine_file import EngineInfo, expect_plugin_nodes, rea
 from ecmfq_export.engine.plugin_library import read_plugin_library
 from ecmfq_export.errors import BuildError
 from ecmfq_export.target import load_target
+from tests import aarch64
 from tests.engine.small_graphs import CACHE, EXPERTS, HIDDEN, INNER, TOP_K, decoder, profiles
 
 pytestmark = pytest.mark.tensorrt
@@ -56,12 +57,24 @@ def test_other_targets(tmp_path: Path, library: Path, target: str, capability: i
     assert info.compute_capabilities == (capability,) and len(info.plugin_nodes) == 1
 
 
-def test_group_multipliers_and_another_platform(small: tuple[Path, EngineInfo], library: Path) -> None:
-    """The DGX Spark is an aarch64 machine: a library for this one would be dead weight in its engine."""
-    _, info = small
-    assert info.compute_capabilities == (121,)
+def test_group_multipliers_and_the_library_beside(small: tuple[Path, EngineInfo]) -> None:
+    """As on-device targets have it: no library in the engine, measured times kept in a file (TensorRT-RTX keeps none in it)."""
+    path, info = small
+    assert info.compute_capabilities == (120,)
     assert [node.fields["group_size"] for node in info.plugin_nodes] == [128]
-    assert bool(info.plugin_library_sha256) == (load_target("dgx-spark").platform == read_plugin_library(library).platform)
+    assert info.plugin_library_sha256 == ""
+    assert (path.parent / "timing.cache").is_file()
+
+
+def test_library_of_the_device_s_platform_is_embedded(tmp_path: Path, library: Path) -> None:
+    """The DGX Spark is an aarch64 machine: its engine holds the library for that, and a library for this machine is refused."""
+    cross = aarch64.library()
+    graph, target = decoder(tmp_path / "model.onnx", layers=1), load_target("dgx-spark")
+    info = build_engine(graph, target, tmp_path / "decoder.engine", profiles=profiles(graph), plugin_library=library,
+                        device_library=cross.path)
+    assert info.compute_capabilities == (121,) and info.plugin_library_sha256 == cross.sha256
+    with pytest.raises(BuildError, match="is for linux-x86_64, the devices of target 'dgx-spark' are linux-aarch64"):
+        build_engine(graph, target, tmp_path / "x.engine", profiles=profiles(graph), plugin_library=library)
 
 
 def test_graph_without_the_plugin_is_noticed(tmp_path: Path) -> None:

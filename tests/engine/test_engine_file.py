@@ -48,3 +48,16 @@ def test_damaged_bytes_never_crash_the_reader(small: tuple[Path, EngineInfo], tm
         except BuildError:
             refused += 1
     assert refused > 10
+
+
+def test_plugin_layers_of_a_plan_are_counted_once() -> None:
+    """What TensorRT's inspector lists of an engine with two profiles; written by hand, since no such engine could be made here."""
+    from ecmfq_export.engine.trt_plan import plugin_layers
+
+    def layer(name: str, kind: str, **more: str) -> dict[str, str]:
+        return {"Name": name, "LayerType": kind, **more}
+
+    own = {"PluginType": "EcmfqRoutedMoE"}
+    nodes, count = plugin_layers([layer("layers.0.moe", "PluginV3", **own), layer("gemm", "CaskGemm"), "a layer without details",
+                                  layer("layers.0.moe [profile 1]", "PluginV3", **own), layer("other", "PluginV2", PluginType="Other")])
+    assert [(node.layer, node.plugin) for node in nodes] == [("layers.0.moe", "EcmfqRoutedMoE")] and count == 2

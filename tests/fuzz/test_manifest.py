@@ -15,6 +15,7 @@ from rich.console import Console
 from ecmfq_export import bundle
 from ecmfq_export.describe import describe
 from ecmfq_export.describe_tables import print_description
+from ecmfq_export.engine.bundle_engines import onnx_facts
 from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.errors import UserError
 from ecmfq_export.json_file import MAX_BYTES
@@ -22,7 +23,6 @@ from ecmfq_export.runtime.decoder_session import DecoderSession
 from ecmfq_export.runtime.generate import Generator
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.runtime.runtime_file import verify_export
-from ecmfq_export.workflow import onnx_facts
 from tests.fuzz.mutations import mutate_bytes, mutate_json
 from tests.fuzz.sandbox import outcome
 from tests.fuzz.subject import SEEDS, Subject, run_cases

@@ -68,7 +68,7 @@ class HfSource:
 def spec_of(model: Qwen3VLMoeForConditionalGeneration) -> ModelSpec:
     config = model.config
     text, vision = config.text_config, config.vision_config
-    attention = GqaSpec(text.num_attention_heads, text.num_key_value_heads, text.head_dim, True, text.attention_bias)
+    attention = GqaSpec(text.num_attention_heads, text.num_key_value_heads, text.head_dim, True, text.attention_bias, text.attention_bias)
     moe = MoESpec(
         text.hidden_size,
         text.moe_intermediate_size,

@@ -1,5 +1,6 @@
 """The stage "onnx": files, what is in them, and that they run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ecmfq_export.progress import Silent
 from ecmfq_export.quant.kernel_layout import unprepack_mma_s8
 from ecmfq_export.runtime import host_inputs as host
 from ecmfq_export.runtime import processor
-from ecmfq_export.target import KernelSpec, Target, load_target
+from ecmfq_export.target import Target, load_target
 from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint
 from tests.graph.helpers import Decoder, session
 
@@ -31,7 +32,7 @@ CONFIG = ExportConfig(max_seq_len=48, max_image_patches=256)
 
 def prepacked_target() -> Target:
     target = load_target("rtx")
-    return Target(**{**vars(target), "kernel": KernelSpec("mma_s8", target.kernel.max_smem_per_block)})
+    return dataclasses.replace(target, kernel=dataclasses.replace(target.kernel, weight_layout="mma_s8"))
 
 
 @pytest.fixture(scope="module")

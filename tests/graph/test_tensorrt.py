@@ -19,6 +19,7 @@ from ecmfq_export.graph.vision import trace_vision
 from ecmfq_export.graph.weights import externalize
 from ecmfq_export.target import Target, load_target
 from tests.graph.checkpoints import quantized_checkpoint
+from tests.tiny_glm import make_glm
 from tests.tiny_kimi import make_kimi_vl
 
 pytestmark = pytest.mark.tensorrt
@@ -45,7 +46,7 @@ def target(library) -> Target:
     return dataclasses.replace(load_target("rtx"), compute_capabilities=(capability,))
 
 
-FAMILIES = {"Qwen3-VL-MoE": {"mlp_only_layers": [1]}, "Kimi-VL": {"make": make_kimi_vl}}
+FAMILIES = {"Qwen3-VL-MoE": {"mlp_only_layers": [1]}, "Kimi-VL": {"make": make_kimi_vl}, "GLM-4.5V": {"make": make_glm}}
 """Two layers each, one of them dense."""
 
 

@@ -73,7 +73,7 @@ def changed(path: str, value: Any, base: dict[str, Any] = TINY) -> dict[str, Any
 def fields(config: dict[str, Any], prefix: str = "") -> list[str]:
     names = []
     for name, value in config.items():
-        if isinstance(value, dict) and name in ("text_config", "vision_config", "rope_parameters"):
+        if isinstance(value, dict) and name in ("thinker_config", "text_config", "vision_config", "rope_parameters"):
             names += fields(value, f"{prefix}{name}.")
         else:
             names.append(prefix + name)

@@ -18,6 +18,7 @@ import torch
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.models.checkpoint import Checkpoint, TensorEntry
 from ecmfq_export.models.moe_vlm import open_model
+from ecmfq_export.models.spec import RopeSpec
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_tensors.json").read_text())
 
@@ -48,8 +49,10 @@ def test_every_published_tensor_has_its_place(monkeypatch, tmp_path: Path, name:
     total = sum(math.prod(shape) for shape in tensors.values()) / 1e9
     assert total == pytest.approx(PUBLISHED[name]["parameters_in_billions"], abs=0.06)
     model = open_published(monkeypatch, tmp_path, name, tensors)
-    assert sum(math.prod(model.shape(tensor)) for tensor in model.names()) / 1e9 == pytest.approx(total)
-    assert sorted(disk for tensor in model.names() for disk in model.float_source(tensor).disk_shapes()) == sorted(tensors)
+    unused = sum(math.prod(tensors[tensor]) for tensor in model.unused) / 1e9
+    assert sum(math.prod(model.shape(tensor)) for tensor in model.names()) / 1e9 == pytest.approx(total - unused)
+    used = [disk for tensor in model.names() for disk in model.float_source(tensor).disk_shapes()]
+    assert sorted([*used, *model.unused]) == sorted(tensors)
     for tensor in model.names():
         for disk, shape in model.float_source(tensor).disk_shapes().items():
             assert tensors[disk] == shape
@@ -72,3 +75,23 @@ def test_kimi_vl_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
     assert spec.layers[0].mlp.intermediate_size == 11264 and spec.moe_layers == tuple(range(1, 27))
     assert spec.rope.theta == 800000.0 and spec.rope.head_dim == 64 and spec.image_token_id == 163605
     assert spec.layers[0].attention.scale == 192**-0.5 and spec.vision.patch_features == 588
+
+
+def test_qwen3_omni_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
+    model = open_published(monkeypatch, tmp_path, "Qwen3-Omni-30B-A3B-Instruct", published("Qwen3-Omni-30B-A3B-Instruct"))
+    spec = model.spec
+    assert model.shape("layers.47.mlp.experts.gate_up_proj") == (128, 1536, 2048) and spec.moe_layers == tuple(range(48))
+    assert spec.rope == RopeSpec("mrope_interleaved", 1e6, (24, 20, 20), 128) and spec.num_deepstack == 3
+    assert (spec.image_token_id, spec.video_token_id, spec.audio_token_id) == (151655, 151656, 151675)
+    parts = model.unused_parts()
+    assert list(parts) == ["thinker.audio_tower.*", "code2wav.*"] and parts["code2wav.*"].startswith("speech output: 3 tensors")
+
+
+def test_glm_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
+    model = open_published(monkeypatch, tmp_path, "GLM-4.5V", published("GLM-4.5V"))
+    spec, mlp, attention = model.spec, model.spec.layers[45].mlp, model.spec.layers[0].attention
+    assert model.shape("layers.1.mlp.experts.down_proj") == (129, 4096, 1408) and not model.unused
+    assert (mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.router.num_groups) == (128, 1, 8, 1)
+    assert mlp.router.scoring == "sigmoid" and mlp.router.selection_bias and mlp.router.renormalize
+    assert spec.rope == RopeSpec("mrope", 10000.0, (8, 12, 12), 64) and attention.scale == 128**-0.5
+    assert attention.bias and not attention.output_bias and not attention.qk_norm and spec.vision.num_position_embeddings == 576

@@ -112,6 +112,36 @@ def test_a_character_of_several_tokens_comes_out_whole(generator):
     assert pieces == ["a", "é", "漢", "🙂", "b"]
 
 
+def test_a_stop_text_is_never_streamed(generator):
+    """Not even its first letters, and what looked like its beginning comes out once it is known not to be."""
+    ids = generator.processor.tokenizer("one, two END, no E and the END. more")["input_ids"]
+
+    class Spelled(Generator):
+        def __init__(self) -> None:
+            self.processor, self.session = generator.processor, _Script(ids)
+
+    prompt = generator.processor.sample("x")
+    for stop in (("END.",), ("nothing", "END."), ("END. and", "END.")):
+        pieces: list[str] = []
+        (result,) = Spelled().generate_batch([prompt], on_token=_into(pieces), stop=stop)
+        assert result.text == "".join(pieces) == "one, two END, no E and the "
+        assert result.stop == "text"
+    pieces = []
+    (result,) = Spelled().generate_batch([prompt], 12, _into(pieces), stop=("END.",))
+    assert result.text == "".join(pieces) == "one, two END" and result.stop == "length", "what was held back comes at the end"
+
+
+def test_cancelling_ends_between_tokens(generator, samples, expected):
+    answers = iter([False, False, True])
+    results = generator.generate_batch(samples[:2], 16, cancelled=lambda: next(answers))
+    assert [list(result.token_ids) for result in results] == [tokens[:3] for tokens in expected[:2]]
+    assert {result.stop for result in results} == {"cancelled"}
+
+
+def _into(pieces: list[str]):
+    return lambda _row, piece: pieces.append(piece)
+
+
 class _Script:
     """A session whose model says given tokens, whatever it is asked."""
 
@@ -179,6 +209,8 @@ def test_pick_follows_the_probabilities():
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.03)
     kept = np.bincount([pick(logits, Sampling(1.0, top_p=0.6), draws) for _ in range(4000)], minlength=4) / 4000
     np.testing.assert_allclose(kept, [0.625, 0.375, 0, 0], atol=0.03)
+    with np.errstate(all="raise", under="ignore"):
+        assert pick(logits, Sampling(1e-310), draws) == 0, "next to no temperature is greedy, not an overflow"
     with pytest.raises(UserError, match="NaN"):
         pick(np.array([np.nan, 1.0]), Sampling(), draws)
 
@@ -229,6 +261,12 @@ def test_images_are_split_over_vision_calls(exported, samples, monkeypatch):
     assert calls == samples[2].image_grid_thw.prod(axis=1).tolist()
     session.image_features(samples[2])
     assert len(calls) == 2, "features of an image that was seen are kept"
+    monkeypatch.setattr(decoder_session, "_CACHED_FEATURE_BYTES", 1)
+    for _ in range(2):
+        session.image_features(samples[0])
+        session.image_features(samples[2])
+    assert len(calls) == 2 + 1 + 2 + 1 + 2, "beyond the limit only the last features are kept"
+    assert len(session._features) == 1 and session._feature_bytes == sum(a.nbytes for a in session.image_features(samples[2]))
 
 
 def _copy(exported: Path, tmp_path: Path) -> Path:

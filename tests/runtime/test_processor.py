@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
-from ecmfq_export.runtime.images import load_rgb
+from ecmfq_export.runtime.images import decode_rgb, load_rgb
 from ecmfq_export.runtime.processor import Processor
 from tests.tiny_models import IMAGE_TOKEN_ID, qwen3_vl_moe_config, write_processor_files
 
@@ -133,6 +133,25 @@ def test_pixel_bombs_are_refused_from_the_header(tmp_path):
         load_rgb(large)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_bytes_are_read_as_the_file_is(tmp_path, kind):
+    path = tmp_path / "image"
+    _noise(20, 10).save(path, kind)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(path.read_bytes(), "it")), np.asarray(load_rgb(path)))
+    with pytest.raises(UserError, match="image 3"):
+        decode_rgb(path.read_bytes()[:40], "image 3")
+    with pytest.raises(UserError, match="image 3 has 20x10"):
+        decode_rgb(path.read_bytes(), "image 3", max_pixels=199)
+
+
+def test_bytes_of_other_formats_are_not_tried(tmp_path):
+    for kind in ("TIFF", "ICO", "PPM"):
+        _noise(16, 16).save(tmp_path / "image", kind)
+        load_rgb(tmp_path / "image")
+        with pytest.raises(UserError, match="no format that is read here"):
+            decode_rgb((tmp_path / "image").read_bytes(), "it")
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((1, 4, 4, 3), np.uint8)]
 )
@@ -190,3 +209,17 @@ def test_token_id_needs_exactly_one_token(processor):
     assert processor.decode([processor.token_id("y")]) == "y"
     with pytest.raises(UserError, match="3 tokens"):
         processor.token_id("yes")
+
+
+def test_image_settings_inside_the_processor_s_file(directory, processor, tmp_path):
+    """What transformers 5 saves for a processor, as GPTQModel does: no file of the image settings' own."""
+    shutil.copytree(directory, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
+    (tmp_path / "saved" / "preprocessor_config.json").unlink()
+    saved = {"image_processor": settings, "processor_class": "Qwen3VLProcessor"}
+    (tmp_path / "saved" / "processor_config.json").write_text(json.dumps(saved))
+    ours, theirs = (p.sample("x", [_noise(40, 24)]) for p in (Processor(tmp_path / "saved"), processor))
+    assert np.array_equal(ours.pixel_values, theirs.pixel_values) and np.array_equal(ours.input_ids, theirs.input_ids)
+    (tmp_path / "saved" / "processor_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no image_processor"):
+        Processor(tmp_path / "saved")

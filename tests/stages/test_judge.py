@@ -24,6 +24,19 @@ def test_positions_before_answer_tokens_or_before_text_tokens():
     assert found.tolist() == [[False, False, True, True, False], [False, False, True, False, False]]
 
 
+def test_a_choice_must_be_clearly_better_than_the_default():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(200, generator=generator, dtype=torch.float64)
+    noise = torch.randn(200, generator=generator, dtype=torch.float64)
+    noise -= noise.mean()
+    assert judge.clearly_best({"none": base}) == "none"
+    assert judge.clearly_best({"none": base, "rho": base - 0.01 + 0.5 * noise}) == "none"  # a gain inside its noise
+    assert judge.clearly_best({"none": base, "rho": base - 0.1 + 0.1 * noise, "g": base - 0.2 + 0.1 * noise}) == "g"
+    assert judge.clearly_best({"none": base, "rho": base - 0.1 + 0.1 * noise, "g": base - 0.2 + 9 * noise}) == "rho"
+    assert judge.clearly_best({"none": base[:1], "rho": base[:1] - 1}) == "none"  # one position has no standard error
+    assert judge.clearly_best({"none": base, "rho": base + 0.1}) == "none"
+
+
 def test_many_positions_are_thinned_evenly_over_batches(monkeypatch):
     monkeypatch.setattr(judge, "MAX_POSITIONS", 10)
     samples = [sample(20, 19) for _ in range(4)]

@@ -1,5 +1,6 @@
 """Stage quantize: what comes out is closer than rounding, complete, reproducible, and survives being killed."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,10 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.progress import Silent
+from ecmfq_export.quant.expert_memory import plan_experts
 from ecmfq_export.quant.hadamard import block_hadamard
 from ecmfq_export.quant.rtn import quantize_rtn
+from ecmfq_export.stages.calibration import load_calibration
 from ecmfq_export.stages.quantize import quantize
 from tests.stages.common import SETTINGS, divergence, file_hashes
 from tests.tiny_models import make_qwen3_vl_moe
@@ -46,9 +49,45 @@ def test_result_reads_back_with_its_recipes_and_figures(quantized):
     assert model.recipe("lm_head.weight") == model.recipe("layers.0.mlp.router.weight") == "float"
     info = bundle.read_manifest(quantized, "quantize").info
     assert [entry["weighting"] in entry["kl"] and len(entry["kl"]) for entry in info["layers"]] == [4, 4]
-    assert info["heldout_kl"] == min(info["layers"][-1]["kl"].values())
+    assert info["heldout_kl"] == info["layers"][-1]["kl"][info["layers"][-1]["weighting"]]
     assert 0.25 < info["quantized_bytes"] / info["quantized_bytes_in_16_bits"] < 0.5
     assert not [name for name in file_hashes(quantized) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_memory_for_experts_changes_no_byte_and_no_stage(tiny, calibrated, smoothed, quantized, tmp_path, part):
+    """One expert at a time, and a few: the checkpoint of all experts at a time."""
+    spec = open_model(tiny).spec
+    mlp, hidden = spec.layers[0].mlp, spec.hidden_size
+    sizes = ((2 * mlp.intermediate_size, hidden, True, False), (hidden, mlp.intermediate_size, False, True))
+
+    def chunks(limit: float) -> list[int]:
+        return [plan_experts(mlp.num_experts, rows, columns, cross=True, shared=shared, own_target=own, limit=int(limit)).chunk
+                for rows, columns, shared, own in sizes]
+
+    def smallest(wanted: int) -> float:
+        limit = 1e4
+        while True:
+            try:
+                if min(chunks(limit)) >= wanted:
+                    return limit
+            except UserError:
+                pass
+            limit *= 1.01
+
+    limit = smallest(1) + part * (smallest(mlp.num_experts) - smallest(1))
+    assert min(chunks(limit)) < mlp.num_experts and (min(chunks(limit)) == 1) == (part == 0.0)
+    few = replace(SETTINGS, expert_memory_gb=limit / 1e9)
+    out = quantize(tiny, calibrated, smoothed, tmp_path / "quantized", few, Silent())
+    assert file_hashes(out) == file_hashes(quantized)
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    quantize(tiny, calibrated, smoothed, out, SETTINGS, Silent())
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_no_memory_for_one_expert_is_said_in_numbers(tiny, calibrated, smoothed, tmp_path):
+    with pytest.raises(UserError, match="one expert of .* takes .* GB .* expert_memory_gb allows 1e-06"):
+        quantize(tiny, calibrated, smoothed, tmp_path / "quantized", replace(SETTINGS, expert_memory_gb=1e-6), Silent())
 
 
 def test_same_seed_same_bytes_and_up_to_date_is_skipped(tiny, calibrated, smoothed, quantized, tmp_path):
@@ -132,6 +171,24 @@ def test_recipes(tiny, calibrated, smoothed, fresh_pool, tmp_path, change):
     assert model.recipe("lm_head.weight") == ("w8a8" if "lm_head" in change else "float")
     assert divergence(tiny, out, fresh_pool) < 0.2
     assert list(bundle.read_manifest(out).info["layers"][-1]["kl"]) == [change["weighting"]]
+
+
+def test_held_out_samples_enter_the_hessians_once_the_weighting_is_chosen(tiny, calibrated, quantized):
+    """The tokens that the final Hessians saw are those of every selected sample, as with a single weighting, which keeps none out."""
+    log = json.loads((quantized / "quantization.json").read_text())
+    spec, samples = open_model(tiny).spec, load_calibration(calibrated)
+    total = sum(sample.length for sample in samples.samples)
+    assert any(samples.heldout)
+    assert all(sum(map(sum, entry["tokens"])) == total * spec.layers[0].mlp.top_k for entry in log)
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(3, 3), (2, 1)])
+def test_fewer_bits_are_a_coarser_grid_in_the_same_format(tiny, calibrated, smoothed, tmp_path, bits, limit):
+    for method in ("ecmfq", "rtn"):
+        config = replace(SETTINGS, method=method, expert_bits=bits, weighting="method" if method == "rtn" else "none")
+        out = quantize(tiny, calibrated, smoothed, tmp_path / method, config, Silent())
+        q = open_model(out).qtensor("layers.1.mlp.experts.down_proj")
+        assert q.num_bits == 4 and int(q.qvalue.abs().max()) == limit
 
 
 def test_a_dense_layer_follows_the_attention_recipe(calibrated, fresh_pool, tmp_path):

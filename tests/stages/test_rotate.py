@@ -27,6 +27,7 @@ from ecmfq_export.stages.samples import load_pool
 from tests.stages.common import file_hashes
 from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
+from tests.tiny_omni import make_qwen3_omni
 
 CONFIG = QuantConfig(method="rtn", rotate="residual", seed=2)
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny_vlm"
@@ -100,6 +101,16 @@ def test_every_form_on_disk_is_written_as_it_was(tmp_path, make):
     assert float((sides[0] - sides[1]).abs().max()) < 1e-4 * float(sides[0].pow(2).mean().sqrt())
     quantized = quantize(out, None, None, tmp_path / "q", QuantConfig(method="rtn", rotate="residual_online"), Silent())
     assert set(open_model(quantized).quantization.blocks.values()) == {32}
+
+
+def test_what_is_not_run_is_left_out_and_named(tmp_path):
+    """An audio tower or a talker would write into, or read, the other basis."""
+    tiny, told = make_qwen3_omni(tmp_path / "model", speech=True), Silent()
+    lines: list[str] = []
+    told.note = lines.append
+    after, before = open_model(rotate(tiny, tmp_path / "rotated", CONFIG, told)), open_model(tiny)
+    assert len(before.unused) > 40 and after.unused == ()
+    assert [all(prefix in line for prefix in before.unused_parts()) for line in lines if "left out" in line] == [True]
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tiny, rotated, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class OnnxModel:
         """Path, form, family, vocabulary and the type of the graphs."""
         moe, embeddings = self._runtime.get("moe") or {}, EmbeddingTable(self._directory / "embed_tokens.safetensors")
         return {"path": str(self._directory), "form": "ONNX Runtime", "family": self._runtime.get("family"),
-                "vocab_size": embeddings.rows, "quantized": moe.get("op") == "EcmfqRoutedMoE",
+                "vocab_size": embeddings.rows, "quantized": moe.get("op") in ("EcmfqRoutedMoE", "QMoE"),
                 "dtype": self._runtime.get("dtype")}  # fmt: skip
 
     def run(self, evalset: EvalSet, progress: Progress) -> RowOutputs:

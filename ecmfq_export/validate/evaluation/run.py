@@ -53,9 +53,10 @@ class TorchModel:
         model = self._model
         recipes: dict[str, int] = {}
         for name in model.names():
-            recipes[model.recipe(name)] = recipes.get(model.recipe(name), 0) + 1
+            recipe = "w4a16" if model.recipe(name) == "float" and model.has_int4(name) else model.recipe(name)
+            recipes[recipe] = recipes.get(recipe, 0) + 1
         return {"path": str(model.path), "form": "PyTorch", "family": model.spec.family, "vocab_size": model.spec.vocab_size,
-                "quantized": model.quantization is not None, "tensors_by_recipe": recipes}  # fmt: skip
+                "quantized": model.quantization is not None or model.weight_only is not None, "tensors_by_recipe": recipes}  # fmt: skip
 
     def run(self, evalset: EvalSet, progress: Progress) -> StateOutputs:
         runner = TorchRunner(self._model, evalset.images.opened(self._model), self._load_layer, self._memory_limit)
