@@ -21,7 +21,8 @@ def _too_large() -> None:
     check_memory(MemoryNeeds(2**50, 2, 3, 4), load_target("rtx"))
 
 
-TRIGGERED = {"target '<target>' has <n>, the engine needs <m>: weights <a>, KV cache <b>, other inputs and outputs <c>, scratch <d>": _too_large}
+TRIGGERED = {"target '<target>' has <n>, the engine needs <m>: weights <a>, KV cache <b>, other inputs and outputs <c>, scratch <d>":
+             _too_large}  # fmt: skip
 """Messages that the source puts together from pieces: they are provoked and not looked up."""
 
 

@@ -32,7 +32,7 @@ SEEDS = {
     "safetensors headers": range(100, 107),
     "embedding tables": range(110, 113),
     "damaged shards and indices of a model": range(120, 122),
-    "config json": range(130, 136),
+    "config json": range(130, 138),
     "places of weights": range(200, 206),
     "nodes": range(210, 214),
     "bytes": range(220, 225),

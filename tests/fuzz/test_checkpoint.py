@@ -22,6 +22,18 @@ QUANTIZED = "stages/quantized"
 SHARD = f"{QUANTIZED}/model-00001-of-00003.safetensors"
 
 
+_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "actorder": "group", "dynamic": False}
+FOREIGN = (
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True, "checkpoint_format": "gptq",
+     "dynamic": {"-:x": {}}},
+    {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["visual"]},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*visual.*"],
+     "quantization_status": "compressed",
+     "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4, "input_activations": None, "output_activations": None}}},
+)  # fmt: skip
+"""Weight-only quantization as other programs write it; the tensors are not theirs, so each ends in an error."""
+
+
 def _load_some(model: MoEVLM) -> None:
     model.qtensor("layers.0.mlp.experts.down_proj", 0, 1)
     model.tensor("layers.0.input_layernorm.weight")
@@ -69,12 +81,13 @@ def test_damaged_shards_and_indices_of_a_model(seed: int, subject: Subject) -> N
 
 @pytest.mark.parametrize("seed", SEEDS["config json"])
 def test_config_json(seed: int, subject: Subject) -> None:
-    """Half of them in the compressed-tensors part."""
+    """Half of them in the part on quantization: ours, or another quantizer's put in its place."""
     name = f"{QUANTIZED}/config.json"
     config = json.loads(subject.bytes_of(name))
 
     def mutate(draw: random.Random) -> tuple[str, bytes, str]:
-        return name, *mutate_json(draw, config, draw.choice([(), ("quantization_config",)]))
+        quantization = draw.choice([config["quantization_config"], *FOREIGN])
+        return name, *mutate_json(draw, config | {"quantization_config": quantization}, draw.choice([(), ("quantization_config",)]))
 
     run_cases(subject, seed, mutate, lambda: _load_some(open_model(subject.root / QUANTIZED)), rehash=False)
 
