@@ -20,9 +20,11 @@ from typing import Any
 from ecmfq_export import __version__
 from ecmfq_export.errors import BundleError
 from ecmfq_export.file_hashes import active, sha256_file
+from ecmfq_export.json_file import read_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_MAX_NAME = 2048
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Manifest:
         inputs: name to fingerprint of everything that was read.
         files: path inside the directory (POSIX form) to sha256.
         info: figures and facts that later stages and people read.
+        version: of the ecmfq_export that wrote it; empty where it is not said.
     """
 
     stage: str
@@ -42,6 +45,7 @@ class Manifest:
     inputs: dict[str, str]
     files: dict[str, str]
     info: dict[str, Any]
+    version: str = ""
 
 
 def fingerprint(path: Path) -> str:
@@ -144,8 +148,9 @@ def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
     data = _read_json(directory / MANIFEST)
     if data is None:
         raise BundleError(f"{directory} has no readable {MANIFEST}", "it is no finished stage; run the stage again")
-    if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
-        seen = data.get("schema_version") if isinstance(data, dict) else type(data).__name__
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is not int or version != SCHEMA_VERSION:
+        seen = version if isinstance(data, dict) else type(data).__name__
         raise BundleError(f"{directory / MANIFEST}: schema_version {seen!r}", f"this version reads {SCHEMA_VERSION}")
     parts = {"stage": str, "config": dict, "inputs": dict, "files": dict, "info": dict}
     for key, kind in parts.items():
@@ -153,11 +158,30 @@ def read_manifest(directory: Path, stage: str | None = None) -> Manifest:
             raise BundleError(f"{directory / MANIFEST}: '{key}' is missing or no {kind.__name__}")
     if stage is not None and data["stage"] != stage:
         raise BundleError(f"{directory} is a '{data['stage']}' directory", f"expected a '{stage}' directory")
-    for name, digest in data["files"].items():
+    for key in ("inputs", "files"):
+        for name, digest in data[key].items():
+            if not isinstance(digest, str):
+                raise BundleError(f"{directory / MANIFEST}: the hash of '{name}' in '{key}' is no string")
+    for name in data["files"]:
         inside(directory, name)
-        if not isinstance(digest, str):
-            raise BundleError(f"{directory / MANIFEST}: the hash of '{name}' is no string")
-    return Manifest(**{key: data[key] for key in parts})
+    return Manifest(**{key: data[key] for key in parts}, version=str(data.get("ecmfq_export", ""))[:40])
+
+
+def open_stage(directory: Path, stage: str) -> Manifest:
+    """The manifest of a finished stage, after every file in it was hashed: to be called before any of them is read.
+
+    Raises:
+        BundleError: as :func:`read_manifest` and :func:`verify`, or a file is there that the manifest does not list, which
+            nobody has vouched for and a reader might pick up.
+    """
+    manifest = read_manifest(directory, stage)
+    verify(directory, manifest)
+    listed = {PurePosixPath(name).as_posix() for name in manifest.files} | {MANIFEST}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if not path.is_dir() and name not in listed:
+            raise BundleError(f"{path} is not in the manifest of {directory}", "remove it, or copy the bundle again")
+    return manifest
 
 
 def verify(directory: Path, manifest: Manifest, names: list[str] | None = None) -> None:
@@ -183,8 +207,17 @@ def inside(directory: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise BundleError(f"path '{name}' leaves {directory}", "paths in a bundle are relative and stay inside it")
+    if pure.as_posix() != name:
+        raise BundleError(f"path '{name}' of {directory} is not in its plain form '{pure.as_posix()}'",
+                          "paths in a bundle have no '.', '//' or final '/'")
+    if len(name) > _MAX_NAME or any(len(part.encode()) > 255 for part in pure.parts):
+        raise BundleError(f"path '{name[:80]}...' has {len(name)} characters", "no file system holds such a name")
     path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
+    try:
+        stays = path.resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a name that the file system does not take
+        raise BundleError(f"path '{name}' of {directory} cannot be followed: {error}", "a bundle holds real files only") from None
+    if not stays:
         raise BundleError(f"path '{name}' leaves {directory} through a link", "a bundle holds real files only")
     return path
 
@@ -209,8 +242,8 @@ def _manifest_json(
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return None
 
 

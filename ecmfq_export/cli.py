@@ -154,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
     sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
+    sub.add_argument("--dry-run", action="store_true",
+                     help="check everything that can be checked, print stages, bytes, memory, disk and time, and write nothing")
     _quant_arguments(sub)
     sub.add_argument("--max-seq-len", type=int, help="length of the static KV cache (default: the target's limit)")
     sub.add_argument("--max-batch", type=int, help="largest batch (default: the target's limit)")
@@ -223,13 +225,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="to finish an answer in when told to stop (default 30)")
     _limit_arguments(sub)
 
-    sub = command("inspect", _inspect, "describe a checkpoint, bundle, ONNX graph or engine file")
+    sub = command("inspect", _inspect, "describe a bundle, stage, checkpoint, ONNX graph or engine file",
+                  "examples:\n  ecmfq-export inspect ./bundle --verify\n  ecmfq-export inspect ./bundle --html bundle.html\n")
     sub.add_argument("path", type=Path)
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with figures of every layer")
     sub.add_argument("--json", action="store_true", help="machine-readable")
     sub.add_argument("--verify", action="store_true", help="check every hash of a bundle")
 
+    sub = command("compare", _compare, "two bundles side by side: settings, bytes, precision and errors by layer, figures, engines",
+                  "example:\n  ecmfq-export compare ./bundle-w8a8 ./bundle-w4a8 --html compare.html\n")
+    sub.add_argument("first", type=Path, metavar="A")
+    sub.add_argument("second", type=Path, metavar="B")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    sub.add_argument("--json", action="store_true", help="machine-readable")
+
     sub = command("targets", _targets, "list the devices that can be exported for")
     sub.add_argument("--json", action="store_true")
+    sub.add_argument("--markdown", action="store_true", help="every field of every target: what docs/targets.md holds")
 
     sub = command("doctor", _doctor, "what this machine can build and run, and how to install what is missing")
     sub.add_argument("--json", action="store_true")
@@ -324,6 +336,8 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(f"--target {args.target} with --flavour ort", "graphs for ONNX Runtime alone have no target: leave --target out")
     target = None if args.target is None else load_target(args.target)
     out, err = _consoles()
+    if args.dry_run:
+        return _dry_run(args, target, quant, export_config, out)
     with _resources(args) as resources, RichProgress(err).running() as progress:
         if not resources.ranks.first:
             return _help_first_rank(args, quant, resources)
@@ -333,6 +347,18 @@ def _export(args: argparse.Namespace) -> int:
     out.print(f"bundle: {args.output}", soft_wrap=True)
     require_passed(report)
     return 0
+
+
+def _dry_run(args: argparse.Namespace, target: Any, quant: QuantConfig, export_config: ExportConfig, out: Any) -> int:
+    from ecmfq_export.plan import plan_export, print_plan
+
+    with _resources(args) as resources:
+        plan = plan_export(args.model, args.data, args.output, target, quant, export_config, evaluation=args.evaluate,
+                           limit=args.limit, build=not args.no_build, resources=resources)
+    print_plan(plan, out)
+    for check in plan.failed:
+        print(f"ecmfq-export: error: {UserError(check.detail, check.fix)}", file=sys.stderr)
+    return 2 if plan.failed else 0
 
 
 def _help_first_rank(args: argparse.Namespace, quant: QuantConfig, resources: Resources) -> int:
@@ -469,9 +495,14 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from ecmfq_export.describe import describe, print_description
+    from ecmfq_export.describe import describe, rows
+    from ecmfq_export.describe_tables import print_description
 
     facts = describe(args.path, verify=args.verify)
+    if args.html is not None:
+        from ecmfq_export.validate.facts_page import description_page
+
+        _write_page(args.html, description_page(facts, rows(facts)))
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -479,11 +510,40 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from ecmfq_export.bundle_compare import compare, difference
+    from ecmfq_export.describe_tables import print_comparison
+
+    found = compare(args.first, args.second)
+    if args.html is not None:
+        from ecmfq_export.validate.facts_page import comparison_page
+
+        _write_page(args.html, comparison_page(found.first, found.second, found.settings, found.bytes, found.evaluation, difference))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print_comparison(found, _consoles()[0])
+    return 0
+
+
+def _write_page(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}", "give a file in a directory that exists") from None
+
+
 def _targets(args: argparse.Namespace) -> int:
     from ecmfq_export.describe import print_targets, target_facts
 
     if args.json:
         print(json.dumps(target_facts(), indent=2))
+    elif args.markdown:
+        from ecmfq_export.target_reference import reference
+
+        print(reference(), end="")
     else:
         print_targets(_consoles()[0])
     return 0

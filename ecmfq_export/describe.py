@@ -50,26 +50,37 @@ def _describe_stage(path: Path, verify: bool) -> dict[str, Any]:
         raise bundle.BundleError(f"{path / missing[0]} is missing ({len(missing)} files in all)", "make the stage again")
     facts: dict[str, Any] = {"kind": manifest.stage, "path": str(path), "files": sizes, "bytes": sum(sizes.values()),
                              "verified": verify, "config": manifest.config, "info": manifest.info}
-    if (path / "config.json").is_file():
+    if manifest.stage == "bundle":
+        from ecmfq_export.bundle_facts import bundle_facts
+
+        facts["contents"] = bundle_facts(path)
+    elif (path / "config.json").is_file():
+        from ecmfq_export.validate.quantization_record import read_record
+
         facts["checkpoint"] = _describe_checkpoint(path)
+        facts["record"] = read_record(path)
     return facts
 
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    from ecmfq_export.layer_facts import model_layers
     from ecmfq_export.models.moe_vlm import open_model
 
     model = open_model(path)
     recipes = Counter("w4a16" if model.recipe(name) == "float" and model.has_int4(name) else model.recipe(name) for name in model.names())
+    layers, outside = model_layers(model)
     return {"kind": "checkpoint", "path": str(path), "spec": dataclasses.asdict(model.spec), "tensors": len(model.names()),
             "recipes": dict(recipes), "quantized": model.quantization is not None or model.weight_only is not None,
             "weight_only": dataclasses.asdict(model.weight_only) if model.weight_only is not None else None,
-            "not run": model.unused_parts()}
+            "not run": model.unused_parts(), "layer_bytes": layers, "bytes outside of layers": outside}
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:
-    import onnx
+    from ecmfq_export.engine.graph_file import load_graph
+    from ecmfq_export.layer_facts import graph_layers
 
-    model = onnx.load(path, load_external_data=False)
+    model = load_graph(path)
+    layers, outside = graph_layers(model.graph)
 
     def values(items: Any) -> dict[str, list[int | str]]:
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in items}
@@ -78,30 +89,30 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
             "ops": dict(Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node).most_common()),
             "inputs": values(model.graph.input), "outputs": values(model.graph.output),
             "initializers": len(model.graph.initializer), "functions": [f.name for f in model.functions],
-            "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import}}
+            "opsets": {o.domain or "ai.onnx": o.version for o in model.opset_import}, "layer_bytes": layers,
+            "bytes outside of layers": outside}
 
 
-def print_description(facts: dict[str, Any], console: Console) -> None:
-    """Show :func:`describe`'s facts as a table, nested ones as indented rows."""
-    table = Table("field", "value", title=f"{facts['kind']}: {facts['path']}", title_justify="left")
-    for key, value in _rows(facts):
-        table.add_row(key, escape(value))
-    console.print(table)
-
-
-def _rows(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
+def rows(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Facts as (field, value) texts, nested ones indented under their name; kind, path and what has tables of its own left out."""
+    found: list[tuple[str, str]] = []
     for key, value in facts.items():
-        if not prefix and key in ("kind", "path"):
+        if key in ("layer_bytes", "contents", "record") or (not prefix and key in ("kind", "path")):
             continue
+        key = printable(key)
         if isinstance(value, dict) and value:
-            rows += [(f"{prefix}{key}", ""), *_rows(value, prefix + "  ")]
+            found += [(f"{prefix}{key}", ""), *rows(value, prefix + "  ")]
         elif isinstance(value, (list, tuple)) and value and isinstance(value[0], dict):
-            rows.append((f"{prefix}{key}", f"{len(value)} entries, first:"))
-            rows += _rows(value[0], prefix + "  ")
+            found.append((f"{prefix}{key}", f"{len(value)} entries, first:"))
+            found += rows(value[0], prefix + "  ")
         else:
-            rows.append((f"{prefix}{key}", f"{value:,}" if type(value) is int and value >= 10_000 else str(value)))
-    return rows
+            found.append((f"{prefix}{key}", f"{value:,}" if type(value) is int and value >= 10_000 else printable(value)))
+    return found
+
+
+def printable(value: Any) -> str:
+    """A value as one text that a terminal shows and does not obey: control characters as their codes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def target_facts() -> list[dict[str, Any]]:

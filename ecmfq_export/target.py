@@ -30,6 +30,7 @@ _CHOICES = {
     "engine.dtype": ("float16", "bfloat16"),
     "kernel.weight_layout": ("row_major", "mma_s8"),
 }
+_MAX_BYTES = 1 << 20
 _RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)
 _KERNEL_CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120, 121)
 
@@ -120,6 +121,11 @@ class Target:
         return self.engine.kv_cache
 
 
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a field may have, by its dotted name; () where it is not one of a few."""
+    return _CHOICES.get(key, ())
+
+
 def list_targets() -> list[str]:
     """Names of the bundled targets, sorted."""
     return sorted(path.stem for path in _folder().glob("*.toml"))
@@ -136,9 +142,11 @@ def load_target(name_or_path: str | Path) -> Target:
     if not path.is_file():
         raise UserError(f"target '{text}' is not known", f"one of {', '.join(list_targets())}, or the path of a .toml file")
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}", "start from a copy of a bundled target") from error
     target = _read(Target, data, path, "")
     if target.name != path.stem:
         raise UserError(f"{path}: name is '{target.name}'", f"name it as the file is: '{path.stem}'")

@@ -29,6 +29,7 @@ from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
 
 if TYPE_CHECKING:
+    from ecmfq_export.models.moe_vlm import MoEVLM
     from ecmfq_export.runtime.generate import Generator
     from ecmfq_export.stages.resources import Resources
     from ecmfq_export.validate.evaluation.result import EvalResult
@@ -78,6 +79,31 @@ class Paths:
         return [path for path in found if bundle.read_manifest(path).stage in (stages or ("build", "device"))]
 
 
+def require_quantizable(model: MoEVLM, config: QuantConfig, data: Path | None, exported: bool = False) -> None:
+    """Refuse what a stage would refuse later, before any work.
+
+    Args:
+        exported: whether graphs are written afterwards.
+
+    Raises:
+        UserError: a quantized model, settings that it does not allow, or no calibration data where the method needs them.
+    """
+    from ecmfq_export.stages.methods import resolve
+    from ecmfq_export.stages.recipes import check_supported
+
+    if model.quantization is not None:
+        raise UserError(f"{model.path} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    parts = resolve(config)
+    # Rotating unties the output matrix from the embeddings.
+    tied = model.spec.tie_word_embeddings and parts.rotate == "none"
+    check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
+    if parts.needs_data and data is None:
+        raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
+    if exported and parts.rotate == "residual_online":
+        raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
+                        "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
+
+
 def quantize_model(
     model_dir: Path, data: Path | None, out_dir: Path, config: QuantConfig, progress: Progress, resources: Resources | None = None
 ) -> Path:
@@ -93,23 +119,15 @@ def quantize_model(
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.stages.methods import resolve
     from ecmfq_export.stages.quantize import quantize
-    from ecmfq_export.stages.recipes import check_supported
     from ecmfq_export.stages.resources import DEFAULT
 
     resources = resources or DEFAULT
     model = open_model(model_dir)
-    if model.quantization is not None:
-        raise UserError(f"{model_dir} is quantized already", "pass the floating-point checkpoint, or go on with 'export'")
+    require_quantizable(model, config, data)
     if model.weight_only is not None:
         progress.note(f"{model_dir} holds {model.weight_only.method} int4 weights: their dequantized values are rounded anew "
                       "('import' and 'export' keep the integers)")
-    parts = resolve(config)
-    # Rotating unties the output matrix from the embeddings.
-    tied = model.spec.tie_word_embeddings and parts.rotate == "none"
-    check_supported(dataclasses.replace(model.spec, tie_word_embeddings=tied), config)
-    if parts.needs_data and data is None:
-        raise UserError(f"method '{config.method}' needs calibration samples", "pass --data DIR, or --method rtn, which needs none")
-    ranks = resources.ranks
+    parts, ranks = resolve(config), resources.ranks
 
     def check_disk() -> None:
         prompts = disk_need.probe_pool(model_dir, data) if parts.needs_data and data is not None else None
@@ -196,9 +214,8 @@ def export(
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
     require_plain_inputs(model)
-    if model.quantization is None and model.weight_only is None and resolve(quant).rotate == "residual_online":
-        raise UserError("rotate = 'residual_online' needs a transform while the model runs, and the plugin has no such step",
-                        "export with rotate = 'residual' or 'none'; 'ecmfq-export quantize' takes it, for PyTorch")
+    if model.quantization is None and model.weight_only is None:
+        require_quantizable(model, quant, data, exported=True)
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")
     build = build and target is not None
@@ -277,23 +294,29 @@ def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = 
     """
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.runtime.generate import Generator
+    from ecmfq_export.runtime.runtime_file import verify_export
 
     paths = Paths(bundle_root)
-    bundle.verify(paths.onnx, bundle.read_manifest(paths.onnx, "onnx"))
+    verify_export(paths.onnx)
     if target is None:
         return Generator(paths.onnx, lambda path: OrtRunner(path, threads=threads))
+    from ecmfq_export.engine.device import current_device
+    from ecmfq_export.engine.engine_directory import check_runs_here, open_engines
+    from ecmfq_export.engine.trt_module import load_module
     from ecmfq_export.engine.trt_runner import TrtRunner
 
     folder = paths.engines(target)
     for engine in (folder / "decoder.engine", folder / "vision.engine"):
         if not engine.is_file():
             raise BundleError(f"no engine at {engine}", f"build it: ecmfq-export build {bundle_root} --target {target.name}")
-    # Engines that trtexec wrote are in no manifest; everything that is in one must be as it says.
+    records = open_engines(folder)
     manifest = bundle.read_manifest(folder)
-    bundle.verify(folder, manifest)
     if manifest.inputs.get("onnx") != bundle.fingerprint(paths.onnx):
         raise BundleError(f"{folder} was built from other graphs than the bundle holds",
                           f"build it again: ecmfq-export build {bundle_root} --target {target.name}")
+    version, device = load_module(target.engine).__version__, current_device()
+    for record in records.values():
+        check_runs_here(record, version, device)
     return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
 
 

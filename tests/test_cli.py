@@ -11,7 +11,7 @@ import pytest
 
 from ecmfq_export.cli import main
 
-COMMANDS = ("export", "quantize", "import", "build", "validate", "evaluate", "run", "serve", "inspect", "targets", "doctor")
+COMMANDS = ("export", "quantize", "import", "build", "validate", "evaluate", "run", "serve", "inspect", "compare", "targets", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

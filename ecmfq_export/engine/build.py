@@ -18,11 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
-
 from ecmfq_export.engine.cross_compile import require_kernels
 from ecmfq_export.engine.device import Device, current_device
 from ecmfq_export.engine.engine_file import PLUGIN_NAME, EngineInfo, expect_plugin_nodes, read_engine_file
+from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.engine.memory import Shapes, check_memory, memory_needs
 from ecmfq_export.engine.plugin_library import PluginLibrary, check_plugin_library, read_plugin_library
 from ecmfq_export.engine.trt_module import LogLines, clean, load_module, make_logger
@@ -103,10 +102,7 @@ def build_engine(
 
 
 def _count_plugin_nodes(onnx_path: Path) -> int:
-    try:
-        model = onnx.load(onnx_path, load_external_data=False)
-    except Exception as error:  # protobuf's and the file system's errors; all are about this file
-        raise BuildError(f"{onnx_path} cannot be read as ONNX: {error}", "export the model again") from error
+    model = load_graph(onnx_path)
     if any(function.name == PLUGIN_NAME for function in model.functions):
         raise BuildError(f"{onnx_path} holds a local function '{PLUGIN_NAME}', which the parser would prefer to the plugin",
                          "build from model.onnx; model.ref.onnx is for ONNX Runtime")

@@ -15,6 +15,7 @@ from ecmfq_export.engine.device_kit import Part, runs_on_oldest, total_needs, wr
 from ecmfq_export.engine.engine_file import expect_plugin_nodes
 from ecmfq_export.engine.memory import check_memory, memory_needs
 from ecmfq_export.engine.plugin_library import (
+    ABI_VERSION,
     LIBRARY_NAME,
     LOCAL_LIBRARY_NAME,
     check_plugin_library,
@@ -24,7 +25,7 @@ from ecmfq_export.engine.plugin_library import (
 )
 from ecmfq_export.engine.profiles import decode_ranges, profile_shapes
 from ecmfq_export.engine.trtexec import TIMING_CACHE
-from ecmfq_export.errors import BuildError
+from ecmfq_export.errors import BuildError, BundleError
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
 
@@ -70,17 +71,16 @@ def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundl
         BuildError: the graphs were exported in another form than the target takes.
         BundleError: a file is missing or changed.
     """
-    manifest = bundle.read_manifest(onnx_dir, "onnx")
-    bundle.verify(onnx_dir, manifest)
+    manifest = bundle.open_stage(onnx_dir, "onnx")
     if manifest.config.get("flavour") == "ort":
         raise BuildError(f"{onnx_dir} holds graphs for ONNX Runtime alone (--flavour ort)", f"export again with --target {target.name}")
     for key, wanted in (("attention", target.attention), ("weight_layout", target.kernel.weight_layout), ("dtype", target.dtype)):
-        if manifest.config[key] != wanted:
-            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config[key]}, target {target.name} needs {wanted}",
+        if manifest.config.get(key) != wanted:
+            raise BuildError(f"{onnx_dir} was exported with {key} = {manifest.config.get(key)}, target {target.name} needs {wanted}",
                              f"export again with --target {target.name} (into another bundle to keep both)")
-    ranges = {name: tuple(values) for name, values in manifest.info["dim_ranges"].items()}
+    ranges, num_plugin_nodes = onnx_facts(manifest, onnx_dir)
     parts = {}
-    for name, nodes in (("decoder", int(manifest.info["num_plugin_nodes"])), ("vision", 0)):
+    for name, nodes in (("decoder", num_plugin_nodes), ("vision", 0)):
         graph = onnx_dir / name / "model.onnx"
         profiles = [profile_shapes(graph, ranges)]
         needs = memory_needs(graph, profiles[0])
@@ -90,6 +90,21 @@ def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundl
     return parts, manifest
 
 
+def onnx_facts(manifest: bundle.Manifest, onnx_dir: Path) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """What building engines takes from the manifest of the graphs: ranges of the symbolic dimensions, and how many plugin nodes.
+
+    Raises:
+        BundleError: a fact that is missing or of another form.
+    """
+    ranges, nodes = manifest.info.get("dim_ranges"), manifest.info.get("num_plugin_nodes")
+    if not isinstance(ranges, dict) or not ranges or type(nodes) is not int or not 0 <= nodes < 2**20 or any(
+        not isinstance(values, list) or len(values) != 3 or any(type(value) is not int or not 1 <= value < 2**31 for value in values)
+        for values in ranges.values()
+    ):
+        raise BundleError(f"{onnx_dir / bundle.MANIFEST}: dim_ranges or num_plugin_nodes is missing or wrong", "export again")
+    return {name: (values[0], values[1], values[2]) for name, values in ranges.items()}, nodes
+
+
 def _prepare(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Part], manifest: bundle.Manifest,
              progress: Progress) -> Path:
     library = library_for(target, progress.note)
@@ -97,7 +112,7 @@ def _prepare(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, 
     inputs = {"onnx": bundle.fingerprint(onnx_dir), "plugin_library": library.sha256}
     if not bundle.is_current(out_dir, PREPARED, config, inputs):
         with bundle.write_stage(out_dir, PREPARED, config, inputs) as (work, info):
-            info.update(write_kit(work, target, library, parts))
+            info.update(write_kit(work, target, library, parts), plugin_abi=ABI_VERSION)
     progress.note(f"engines for {target.name} are built on the device: copy the bundle there and run 'sh build.sh' in engines/"
                   f"{target.name}, or 'ecmfq-export build BUNDLE --target {target.name}'; 'build --trtexec' prints the exact lines")
     if not runs_on_oldest(library, target):
@@ -116,6 +131,7 @@ def _build(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Pa
         progress.note(f"{out_dir}: up to date")
         return out_dir
     with bundle.write_stage(out_dir, BUILT, config, inputs) as (work, info):
+        info["plugin_abi"] = ABI_VERSION
         if target.engine.build == "on-device":
             info.update(write_kit(work, target, there, parts))
         else:

@@ -28,6 +28,7 @@ PLUGIN_NAME = "EcmfqRoutedMoE"
 
 _MASK_BITS = (75, 80, 86, 89, 120, 121)
 _TABLE = 64
+_MAX_IO = 4096
 _STRING = b"\x0c\x80\x01\x00"
 _STRING_HEAD = re.compile(rb"\x13\x80\x01\x00(.{8})\x01\x80\x0c\x80\x01\x00\1", re.DOTALL)
 _INT = b"\x07\x80\x01\x00"
@@ -93,7 +94,7 @@ def read_engine_file(path: Path) -> EngineInfo:
                                  "a TensorRT engine can only be read on its own device, with that version of TensorRT")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(path, data, size)
-    except OSError as error:
+    except (OSError, struct.error) as error:
         raise BuildError(f"the engine cannot be read: {error}", _REBUILD) from error
 
 
@@ -151,7 +152,7 @@ def _io_names(path: Path, engine: bytes) -> tuple[str, ...]:
     """The engine's table of tensors lists every input and output twice: as a set, then in order."""
     names = [engine[head.end() : head.end() + length] for head, length in _strings(engine, 0, len(engine))]
     text = [name.decode(errors="replace") for name in names[1:]]  # the first is the network's name
-    for count in range(1, len(text) // 2 + 1):
+    for count in range(1, min(len(text) // 2, _MAX_IO) + 1):
         first, second = text[:count], text[count : 2 * count]
         if len(set(second)) == count and set(first) == set(second):
             return tuple(second)

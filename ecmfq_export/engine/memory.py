@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
+from ecmfq_export.engine.graph_file import load_graph, tensor_bytes
 from ecmfq_export.errors import BuildError
 from ecmfq_export.target import Target
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-_BITS = {
-    onnx.TensorProto.FLOAT: 32, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.BFLOAT16: 16, onnx.TensorProto.DOUBLE: 64,
-    onnx.TensorProto.INT8: 8, onnx.TensorProto.UINT8: 8, onnx.TensorProto.INT16: 16, onnx.TensorProto.INT32: 32,
-    onnx.TensorProto.INT64: 64, onnx.TensorProto.BOOL: 8, onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4,
-    onnx.TensorProto.FLOAT8E4M3FN: 8,
-}
-
 
 @dataclass(frozen=True)
 class MemoryNeeds:
@@ -58,8 +50,8 @@ def memory_needs(onnx_path: Path, profiles: Mapping[str, Shapes]) -> MemoryNeeds
     Raises:
         BuildError: an initializer or input of a type without a known size.
     """
-    graph = onnx.load(onnx_path, load_external_data=False).graph
-    weights = sum(_bytes(t.data_type, list(t.dims), t.name) for t in graph.initializer)
+    graph = load_graph(onnx_path).graph
+    weights = sum(tensor_bytes(t.data_type, list(t.dims), t.name) for t in graph.initializer)
     # In place: one buffer for both. ScatterElements on an input, which is how older parsers are given the cache, needs two.
     cached = {node.input[0] for node in graph.node if node.op_type in ("TensorScatter", "ScatterElements")}
     updated = {node.output[0] for node in graph.node if node.op_type == "TensorScatter"}
@@ -69,7 +61,7 @@ def memory_needs(onnx_path: Path, profiles: Mapping[str, Shapes]) -> MemoryNeeds
     for value in [*graph.input, *graph.output]:
         tensor = value.type.tensor_type
         shape = [dim.dim_value if dim.HasField("dim_value") else symbols.get(dim.dim_param, 1) for dim in tensor.shape.dim]
-        size = _bytes(tensor.elem_type, shape, value.name)
+        size = tensor_bytes(tensor.elem_type, shape, value.name)
         if value.name in cached or value.name in copied:
             kv_cache += size
         elif value.name not in updated:
@@ -104,12 +96,6 @@ def _largest_symbols(graph: onnx.GraphProto, profiles: Mapping[str, Shapes]) -> 
             if dim.dim_param:
                 symbols[dim.dim_param] = max(symbols.get(dim.dim_param, 0), size)
     return symbols
-
-
-def _bytes(data_type: int, shape: list[int], name: str) -> int:
-    if data_type not in _BITS:
-        raise BuildError(f"tensor '{name}' is of type {onnx.TensorProto.DataType.Name(data_type)}, whose size is not known")
-    return -(-math.prod(shape) * _BITS[data_type] // 8)
 
 
 def _gib(size: int) -> str:

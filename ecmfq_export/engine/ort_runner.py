@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
+from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.engine.runner import check_feeds
 from ecmfq_export.errors import UnsupportedError, UserError
 
@@ -34,21 +36,24 @@ class OrtRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong comes as an exception, with the same words
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such ONNX file", "run 'ecmfq-export export' first")
+        model = load_graph(Path(path))
         source: str | bytes = str(path)
         if extra_outputs:
-            source = _with_outputs(Path(path), extra_outputs)
+            source = _with_outputs(model, Path(path), extra_outputs)
             # Weights lie beside the file, where a graph that comes as bytes does not look by itself.
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent.resolve()))
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"],
+                                                         enable_fallback=0)  # fmt: skip
         except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this file
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}",
                             "an operator without an implementation: load model.ref.onnx, not model.onnx") from error
+        unknown = [value for value in self._session.get_inputs() if value.type not in _DTYPES]
+        if unknown:
+            raise UnsupportedError(f"{path}: input '{unknown[0].name}' is a {unknown[0].type}", f"supported: {', '.join(_DTYPES)}")
         self._inputs = {value.name: (np.dtype(_DTYPES[value.type]), value.shape) for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 
@@ -74,11 +79,8 @@ class OrtRunner:
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
-def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+def _with_outputs(model: onnx.ModelProto, path: Path, names: Sequence[str]) -> bytes:
     """The graph, without its weights, with these values of the type of its first input as outputs after its own."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
     values = {name for node in model.graph.node for name in node.output}
     missing = [name for name in names if name not in values]
     if missing:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.errors import BuildError
 
 Range = tuple[int, int, int]
@@ -27,7 +28,7 @@ def profile_shapes(onnx_path: Path, ranges: Mapping[str, Range]) -> dict[str, Sh
     for name, (low, opt, high) in ranges.items():
         if not 0 <= low <= opt <= high:
             raise BuildError(f"range of '{name}' is min {low}, opt {opt}, max {high}", "it must be 0 <= min <= opt <= max")
-    graph = onnx.load(onnx_path, load_external_data=False).graph
+    graph = load_graph(onnx_path).graph
     shapes: dict[str, Shapes] = {}
     for value in graph.input:
         dims = value.type.tensor_type.shape.dim

@@ -42,11 +42,12 @@ class TrtRunner:
             found = "none" if device is None else f"{device.name} with {device.compute_capability}"
             raise BuildError(f"{path} needs a GPU of compute capability {list(target.compute_capabilities)}; found: {found}",
                              "without a GPU, ONNX Runtime runs the bundle: ecmfq-export run")
+        path = Path(path)
         self._cuda = CudaRuntime()
         if plugin_library is None and target.engine.plugin == "beside":
-            beside = (Path(path).with_name(name) for name in (LOCAL_LIBRARY_NAME, LIBRARY_NAME))
+            beside = (path.with_name(name) for name in (LOCAL_LIBRARY_NAME, LIBRARY_NAME))
             plugin_library = next((library for library in beside if library.is_file()), None)
-        engine = _TrtEngine(Path(path), target, self._cuda, plugin_library, graphs)
+        engine = _TrtEngine(path, target, self._cuda, plugin_library, graphs)
         self._bound = BoundEngine(engine, self._cuda, kv_cache=target.kv_cache, graphs=graphs)
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.graph import ops
 from ecmfq_export.graph.attention import cache_head_dim
+from ecmfq_export.json_file import read_json
 from ecmfq_export.models.spec import ModelSpec, MoESpec
 
 FILE = "runtime.json"
@@ -104,15 +104,19 @@ def eos_token_ids(model_dir: Path, config: dict[str, Any]) -> list[int]:
     for source in (config.get("text_config") or {}, config):
         value = source.get("eos_token_id") if value is None else value
     value = _tokenizer_eos(model_dir) if value is None else value
-    return list(dict.fromkeys(int(v) for v in (value if isinstance(value, list) else [value])))
+    ids = value if isinstance(value, list) else [value]
+    if any(type(index) is not int for index in ids):
+        raise CheckpointError(f"eos_token_id of {model_dir} is {value!r}", "expected a token id, or a list of them")
+    return list(dict.fromkeys(ids))
 
 
 def _tokenizer_eos(model_dir: Path) -> list[int]:
     """The id of the tokenizer's own end-of-sequence token; empty where its files name none."""
     token = _json_object(model_dir / "tokenizer_config.json").get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
-    added = _json_object(model_dir / "tokenizer.json").get("added_tokens") or []
-    return [int(entry["id"]) for entry in added if content is not None and entry.get("content") == content]
+    added = _json_object(model_dir / "tokenizer.json").get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    return [entry.get("id") for entry in entries if content is not None and entry.get("content") == content]
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):

@@ -12,10 +12,11 @@ import numpy as np
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.torch_session import TorchSession
-from ecmfq_export.runtime.decoder_session import RUNTIME_JSON, DecoderSession
+from ecmfq_export.runtime.decoder_session import DecoderSession
 from ecmfq_export.runtime.generate import GREEDY, Generator, Sampling, Session
 from ecmfq_export.runtime.images import ImageInput
 from ecmfq_export.runtime.processor import Processor
+from ecmfq_export.runtime.runtime_file import find_export, verify_export
 from ecmfq_export.runtime.sample import ProcessedSample
 
 
@@ -115,11 +116,12 @@ class Answerer:
 
 
 def _open(path: Path, threads: int) -> tuple[Any, Path]:
-    for directory in (path, path / "onnx"):
-        if (directory / RUNTIME_JSON).is_file():
-            from ecmfq_export.engine.ort_runner import OrtRunner
+    directory = find_export(path)
+    if directory is not None:
+        from ecmfq_export.engine.ort_runner import OrtRunner
 
-            return DecoderSession(directory, lambda file: OrtRunner(file, threads=threads)), directory
+        verify_export(directory)
+        return DecoderSession(directory, lambda file: OrtRunner(file, threads=threads)), directory
     if not path.is_dir():
         raise UserError(f"no model at {path}", "give a checkpoint directory, a bundle, or a bundle's onnx directory")
     if threads:

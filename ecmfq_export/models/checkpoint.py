@@ -5,7 +5,6 @@ Reads ``model.safetensors`` or the shards that ``model.safetensors.index.json`` 
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from ecmfq_export.errors import CheckpointError
+from ecmfq_export.json_file import parse_json, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -176,8 +176,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{file}: its header is not JSON ({error})", "download the file again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its header is no JSON object", "download the file again")
@@ -234,8 +234,8 @@ def _check_layout(file: Path, entries: dict[str, TensorEntry], data_start: int, 
 
 def _read_sharded(path: Path, index: Path) -> dict[str, TensorEntry]:
     try:
-        data = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, index))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(index)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}", "download the index again") from None
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -273,15 +273,6 @@ def _read_sharded(path: Path, index: Path) -> dict[str, TensorEntry]:
             "index and shards belong to different checkpoints",
         )
     return entries
-
-
-def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        double = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise CheckpointError(f"{file} names '{double}' twice", "download the file again")
-    return result
 
 
 def _nothing_found(path: Path) -> tuple[str, str]:

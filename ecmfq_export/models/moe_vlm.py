@@ -25,6 +25,9 @@ Qwen3-VL-MoE checkpoints), ``auto`` by shape."""
 
 Source = FloatSource | ExpertsSource | QuantizedSource | WeightOnlySource
 
+_MAX_EXPERTS = 1 << 17
+"""Five times as many as any model published so far has; a damaged count must not keep the machine naming modules."""
+
 
 def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
     """Open a Hugging Face directory, reading its config and headers only: floating-point, quantized with its activations
@@ -39,6 +42,9 @@ def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
     config = read_config(path)
     family = family_of(config)
     spec = family.read_spec(config)
+    experts = sum(layer.mlp.total_experts for layer in spec.layers if isinstance(layer.mlp, MoESpec))
+    if experts > _MAX_EXPERTS:
+        raise CheckpointError(f"{path}: config.json implies {experts} experts in {len(spec.moe_layers)} layers", f"at most {_MAX_EXPERTS}")
     checkpoint = Checkpoint.open(path)
     shapes = decoder_shapes(spec) | family.vision_shapes(config)
     form = read_weight_only(config)

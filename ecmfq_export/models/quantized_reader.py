@@ -158,6 +158,7 @@ class QuantizationInfo:
 
     Attributes:
         recipes: canonical weight name to recipe, for every quantized weight.
+        group_size: 128 where any weight has groups, else -1.
         blocks: canonical name of a down projection to the block of the Hadamard that its inputs go through while the model runs
             (online_rotation.py); without those that read plain inputs.
     """
@@ -165,6 +166,7 @@ class QuantizationInfo:
     def __init__(self, sources: Mapping[str, QuantizedSource], blocks: Mapping[str, int]) -> None:
         self._sources, self.blocks = dict(sources), dict(blocks)
         self.recipes = {name: source.recipe for name, source in self._sources.items()}
+        self.group_size = max((source.scheme.group_size for source in self._sources.values()), default=-1)
 
     def source(self, name: str) -> QuantizedSource | None:
         """Where the canonical weight `name` lies, or None where it is not quantized."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
+from ecmfq_export.json_file import read_json
 from ecmfq_export.models import glm4v_moe, kimi_vision, kimi_vl, qwen3_omni_moe, qwen3_vl_moe
 from ecmfq_export.models.family_facts import REFUSED
 from ecmfq_export.models.float_source import ExpertPart
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_FILE = "config.json"
+MAX_LAYERS = 1000
+_COUNTS = ("num_hidden_layers", "depth", "num_layers", "num_labels", "vt_num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -147,18 +149,26 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = Path(path) / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+        config = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {CONFIG_FILE}", "give the directory of a Hugging Face checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}", "download it again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, no object", "download it again")
+    _check_counts(config, file)
     return config
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
+def _check_counts(config: dict[str, Any], file: Path) -> None:
+    """Refuse counts that transformers' config classes would make lists of, before they see them."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, file)
+        elif name in _COUNTS and type(value) is int and value > MAX_LAYERS:
+            raise CheckpointError(f"{file}: {name} = {value}", f"at most {MAX_LAYERS}")
+        elif type(value) is int and abs(value) > 2**53:
+            raise CheckpointError(f"{file}: {name} = {value}", "no size is that large")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
+from ecmfq_export.json_file import read_json
 from ecmfq_export.models.float_source import ExpertsSource, FloatSource
 from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.residual import EMBEDDINGS, OUTPUT, Role, residual_roles, value_path
@@ -183,8 +184,8 @@ def residual_rotation(model: MoEVLM) -> Rotation | None:
     if not file.is_file():
         return None
     try:
-        note = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        note = read_json(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}", "run rotate again") from None
     kind, size, seed = (note.get(key) if isinstance(note, Mapping) else None for key in ("kind", "size", "seed"))
     if kind != _KIND or size != model.spec.hidden_size or type(seed) is not int:

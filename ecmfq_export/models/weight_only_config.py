@@ -100,7 +100,10 @@ def _awq(given: Mapping[str, Any]) -> WeightOnlyForm:
 
 def _expect_one_setting(given: Mapping[str, Any]) -> None:
     """GPTQModel's ``dynamic``: patterns with ``-:`` leave modules alone, which their tensors show; others give them settings."""
-    for pattern in given.get("dynamic") or {}:
+    dynamic = given.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"quantization_config.dynamic = {dynamic!r}", "expected patterns with their settings")
+    for pattern in dynamic:
         if not str(pattern).startswith("-:"):
             raise UnsupportedError(f"quantization_config.dynamic gives the modules {pattern!r} settings of their own", _ANEW)
 

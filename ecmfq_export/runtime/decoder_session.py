@@ -7,12 +7,10 @@ their places, and the static KV cache goes from one call's outputs into the next
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +18,9 @@ from ecmfq_export.engine.runner import Runner
 from ecmfq_export.errors import BundleError, UserError
 from ecmfq_export.runtime import host_inputs as host
 from ecmfq_export.runtime.embeddings import EmbeddingTable
+from ecmfq_export.runtime.runtime_file import RUNTIME_JSON, read_runtime
 from ecmfq_export.runtime.sample import ProcessedSample
 
-RUNTIME_JSON = "runtime.json"
 _VISION_BATCH_PATCHES = 1024
 """Images share a vision call up to so many patches: attention there is quadratic in the patches of a call."""
 _CACHED_IMAGES = 64
@@ -67,14 +65,11 @@ class DecoderSession:
         self.spec = host.HostSpec.from_runtime_json(runtime)
         self.dtype = self.spec.dtype
         self.max_seq_len = self.spec.max_seq_len
-        try:
-            self.num_layers, self.num_kv_heads = int(runtime["num_layers"]), int(runtime["num_kv_heads"])
-            self.head_dim, self.hidden_size = int(runtime["head_dim"]), int(runtime["hidden_size"])
-            self.image_token_id = int(runtime["image_token_id"])
-            self.logits_last = {"last": True, "all": False}[runtime["logits"]]
-            self._max_patches = int(runtime.get("max_image_patches", 0))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{self.directory / RUNTIME_JSON}: {error!r} is missing or wrong", "export again") from None
+        self.num_layers, self.num_kv_heads = runtime["num_layers"], runtime["num_kv_heads"]
+        self.head_dim, self.hidden_size = runtime["head_dim"], runtime["hidden_size"]
+        self.image_token_id = runtime["image_token_id"]
+        self.logits_last = runtime["logits"] == "last"
+        self._max_patches = runtime.get("max_image_patches", 0)
         self._embeddings = EmbeddingTable(self.directory / "embed_tokens.safetensors")
         if self._embeddings.hidden_size != self.hidden_size:
             raise BundleError(
@@ -82,10 +77,29 @@ class DecoderSession:
                 "files of two exports were mixed; export again",
             )
         self._decoder = runner_factory(graph_path(self.directory, "decoder"))
+        self._check_graph(self._decoder)
         self._open_vision = lambda: runner_factory(graph_path(self.directory, "vision"))
         self._vision: Runner | None = None
         self._features: OrderedDict[bytes, list[np.ndarray]] = OrderedDict()
         self._feature_bytes = 0
+
+    def _check_graph(self, decoder: Runner) -> None:
+        """Whether the graph is the one that ``runtime.json`` describes, before its sizes are allocated."""
+        cache = [f"past_{kind}_{layer}" for layer in range(self.num_layers) for kind in ("key", "value")]
+        wanted = {"inputs_embeds", "rope_cos", "rope_sin", "attention_mask", "write_indices", *cache,
+                  *(f"deepstack_{i}" for i in range(self.spec.num_deepstack)), *(["last_index"] if self.logits_last else [])}
+        wrong = sorted(wanted ^ set(decoder.input_names))
+        if wrong:
+            raise BundleError(f"{self.directory}: {len(wrong)} inputs differ between {RUNTIME_JSON} and the decoder's graph, first "
+                              f"'{wrong[0]}'", "files of two exports were mixed; export again")
+        # A runner over an engine may know names alone; check_feeds then compares shapes on the first run.
+        shapes = getattr(decoder, "inputs", {})
+        sizes = [self.num_kv_heads, self.max_seq_len, self.head_dim]
+        for name in cache:
+            seen = list(shapes[name][1])[1:] if name in shapes else sizes
+            if seen != sizes:
+                raise BundleError(f"{self.directory}: '{name}' of the decoder's graph is [batch, {', '.join(map(str, seen))}], "
+                                  f"{RUNTIME_JSON} says {sizes}", "files of two exports were mixed; export again")
 
     @property
     def vocab_size(self) -> int:
@@ -241,7 +255,11 @@ class DecoderSession:
             embeds = host.scatter_features(types, merged[0], embeds)
             deepstack = [host.scatter_features(types, feature) for feature in merged[1:]]
         shape = (len(samples), self.num_kv_heads, self.max_seq_len, self.head_dim)
-        empty = np.zeros(shape, self.dtype)  # one array for every input: graphs do not write into their inputs
+        try:
+            empty = np.zeros(shape, self.dtype)  # one array for every input: graphs do not write into their inputs
+        except MemoryError:
+            raise UserError(f"no memory for a KV cache of {list(shape)} a layer", "run fewer prompts at once, or export with a smaller "
+                            "max_seq_len") from None
         cache = {f"past_{kind}_{layer}": empty for layer in range(self.num_layers) for kind in ("key", "value")}
         state = DecodeState(lengths, deltas, cache)
         outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache)
@@ -318,24 +336,6 @@ def graph_path(directory: Path, part: str) -> Path:
     if not plain.is_file():
         raise BundleError(f"no graph at {plain}", "pass the 'onnx' directory of a finished export")
     return plain
-
-
-def read_runtime(directory: Path) -> dict[str, Any]:
-    """``runtime.json`` of an exported directory.
-
-    Raises:
-        BundleError: missing or no JSON object.
-    """
-    path = directory / RUNTIME_JSON
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{directory} has no {RUNTIME_JSON}", "pass the 'onnx' directory of a finished export") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
 
 
 def _without_answer(sample: ProcessedSample) -> ProcessedSample:

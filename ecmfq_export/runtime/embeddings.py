@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ecmfq_export.errors import BundleError, UserError
+from ecmfq_export.json_file import parse_json
 
 _DTYPES = {"F32": np.float32, "F16": np.float16}
 _MAX_HEADER = 1 << 20
@@ -28,12 +28,14 @@ class EmbeddingTable:
                 length = int.from_bytes(stream.read(8), "little")
                 if not 0 < length <= min(size - 8, _MAX_HEADER):
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
-                header = json.loads(stream.read(length))
+                header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             ((_, entry),) = header.items()
             start, stop = entry["data_offsets"]
             shape, dtype = tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]])
-            if len(shape) != 2 or stop - start != shape[0] * shape[1] * dtype.itemsize or 8 + length + stop > size:
+            if any(type(n) is not int or n < 0 for n in (start, stop, *shape)) or len(shape) != 2 or 0 in shape or (
+                stop - start != shape[0] * shape[1] * dtype.itemsize or 8 + length + stop > size
+            ):
                 raise ValueError(f"{entry['dtype']} {list(shape)} in bytes {start} to {stop} of {size - 8 - length}")
         except FileNotFoundError:
             raise BundleError(f"no embeddings at {path}", "pass the 'onnx' directory of a finished export") from None

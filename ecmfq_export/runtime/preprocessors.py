@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
-from ecmfq_export.runtime.images import ImageInput, load_rgb
+from ecmfq_export.json_file import read_json
+from ecmfq_export.runtime.images import MAX_PIXELS, ImageInput, load_rgb
 
 PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
 
@@ -23,6 +23,10 @@ _INERT = (
     "return_attention_mask", "sampling_rate",
 )  # fmt: skip
 """Settings of any image processor that do not change what it does here, and those of an audio processor in the same file."""
+
+
+_MAX_PATCH = 512
+"""Pixels a side of a patch, patches a side of a merged one, frames of a patch."""
 
 
 class Preprocessor(Protocol):
@@ -75,7 +79,7 @@ def _read(directory: Path) -> tuple[Path, Any]:
     section = not path.is_file() and (directory / PROCESSOR_CONFIG).is_file()
     path = directory / PROCESSOR_CONFIG if section else path
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {PREPROCESSOR_CONFIG}", "copy it from the model") from None
     except (OSError, ValueError) as error:
@@ -85,6 +89,24 @@ def _read(directory: Path) -> tuple[Path, Any]:
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} has no image_processor, and {directory} no {PREPROCESSOR_CONFIG}", "copy it from the model")
     return path, config
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a setting is of its kind and moderate: transformers computes with whatever it gets."""
+    if key == "size":
+        return isinstance(value, dict) and all(_fits("pixels", side) for side in value.values())
+    if key in ("pixels", "min_pixels", "max_pixels"):
+        return type(value) is int and 1 <= value <= MAX_PIXELS
+    if key in ("patch_size", "temporal_patch_size", "merge_size"):
+        return type(value) is int and 1 <= value <= _MAX_PATCH
+    if key in ("image_mean", "image_std"):
+        floor = 0.0 if key == "image_std" else -1e3
+        return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and floor < v < 1e3 for v in value)
+    if key == "resample":
+        return type(value) is int and 0 <= value <= 5
+    if key == "rescale_factor":
+        return type(value) in (int, float) and 0 < value <= 1
+    return type(value) is bool
 
 
 class QwenPreprocessor:
@@ -101,6 +123,9 @@ class QwenPreprocessor:
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
         settings = {key: config[key] for key in self.SETTINGS if config.get(key) is not None}
+        for key, value in settings.items():
+            if not _fits(key, value):
+                raise CheckpointError(f"{path}: {key} = {str(value)[:100]!r} is out of range", "copy the file from the model again")
         try:
             self._processor = self._build(settings)
         except (TypeError, ValueError) as error:

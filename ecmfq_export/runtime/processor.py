@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ecmfq_export.errors import CheckpointError, UserError
+from ecmfq_export.json_file import read_json
 from ecmfq_export.runtime.chat import Turn, render
 from ecmfq_export.runtime.images import ImageInput
 from ecmfq_export.runtime.preprocessors import PREPROCESSOR_CONFIG, PROCESSOR_CONFIG, load_preprocessor
@@ -137,7 +137,10 @@ class Processor:
         return ids[0]
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # transformers' checks and the Rust library's, all of them about the tokenizer's own files
+            raise CheckpointError(f"the tokenizer of {self.directory} fails: {error}", "copy its files from the model again") from None
 
     def expand(self, ids: Sequence[int], grids: np.ndarray) -> list[int]:
         """`ids` with as many placeholders for each image as it has merged patches; grids [num_images, 3]."""
@@ -160,10 +163,10 @@ class Processor:
         path = self.directory / "generation_config.json"
         if path.is_file():
             try:
-                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (OSError, ValueError, AttributeError) as error:
+                value = read_json(path).get("eos_token_id")
+                ids += [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
+            except (OSError, ValueError, AttributeError, TypeError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from None
-            ids += [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
         if not ids:
             raise CheckpointError(
                 f"{self.directory}: no end-of-sequence token", "set eos_token in tokenizer_config.json"
@@ -186,7 +189,7 @@ def _load_tokenizer(directory: Path):
     if not tokenizer.chat_template:
         path = directory / "chat_template.json"
         try:
-            tokenizer.chat_template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+            tokenizer.chat_template = read_json(path)["chat_template"]
         except FileNotFoundError:
             raise CheckpointError(
                 f"{directory} has no chat template", "add chat_template.jinja from the model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.errors import BundleError
+from ecmfq_export.json_file import read_json
 from ecmfq_export.models.safetensors_writer import TensorToWrite, write_safetensors
 from ecmfq_export.runtime.sample import ProcessedSample
 
@@ -91,7 +91,7 @@ def load_calibration(directory: Path) -> Calibration:
     """
     bundle.verify(directory, bundle.read_manifest(directory, "calibrate"))
     try:
-        selection = json.loads((directory / SELECTION).read_text(encoding="utf-8"))
+        selection = read_json(directory / SELECTION)
         rows = selection["samples"]
         with safe_open(directory / SAMPLES, framework="numpy") as file:
             keys = set(file.keys())
@@ -102,7 +102,7 @@ def load_calibration(directory: Path) -> Calibration:
         report = selection["report"]
         return Calibration(samples, [bool(row["heldout"]) for row in rows], float(selection["gamma"]),
                            report.get("gamma_by_layer", []), report.get("gamma_by_layer_attention", []))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise BundleError(f"{directory} cannot be read: {error}", "run calibrate again") from None
 
 

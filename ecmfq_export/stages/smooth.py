@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.config import QuantConfig
@@ -92,7 +92,7 @@ def load_scales(directory: Path) -> dict[int, LayerScales]:
     try:
         with safe_open(directory / SCALES, framework="pt") as file:
             return scales_by_layer({key: file.get_tensor(key) for key in file.keys()})
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise BundleError(f"{directory / SCALES} cannot be read: {error}", "run smooth again") from None
 
 

@@ -45,7 +45,7 @@ def checkpoint_bytes(model: SizedModel) -> dict[str, Any]:
         bytes as int4, int8, scales (with group multipliers) and float (everything kept in floating point, and shapes that
         the format notes). ``group_size``.
     """
-    group_size = int(getattr(model.quantization, "group_size", -1)) if model.quantization else -1
+    group_size = model.quantization.group_size if model.quantization else -1
     layers: dict[str, dict[str, float]] = {}
     by_precision = {"int4": 0, "int8": 0, "scales": 0, "float": 0}
     float16_whole = 0

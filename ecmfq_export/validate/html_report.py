@@ -14,33 +14,10 @@ from ecmfq_export.errors import UserError
 from ecmfq_export.runtime.images import load_rgb
 from ecmfq_export.validate import plots, quantization_plots
 from ecmfq_export.validate.artifact_bytes import LABELS
+from ecmfq_export.validate.html_page import page, table, word
 from ecmfq_export.validate.report import decibel, failures, recall_label
 
 _THUMBNAIL = 72
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2328; background: #f6f7f9; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 24px; margin: 0 0 4px; }
-h2 { font-size: 17px; margin: 0 0 10px; }
-.sub { color: #5b636d; margin: 0 0 18px; }
-section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 16px 18px; margin: 0 0 16px; overflow-x: auto; }
-.verdict { border-left: 6px solid; }
-.verdict.pass { border-left-color: #3d8b57; } .verdict.fail { border-left-color: #b3392f; }
-.verdict h2 { font-size: 20px; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th { text-align: left; color: #5b636d; font-weight: 600; border-bottom: 1px solid #d5d9df; padding: 4px 10px 4px 0; }
-td { border-bottom: 1px solid #eef0f3; padding: 4px 10px 4px 0; vertical-align: top; }
-td.n, th.n { text-align: right; }
-td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.ok { color: #2f7347; font-weight: 600; } .bad { color: #b3392f; font-weight: 600; } .open { color: #8a6d1a; font-weight: 600; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 16px; }
-.two section { margin: 0; } .two { margin-bottom: 16px; }
-svg { width: 100%; height: auto; display: block; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-img { image-rendering: pixelated; border-radius: 4px; display: block; }
-p.note { color: #5b636d; font-size: 13px; margin: 8px 0 0; }
-"""
 
 
 def render(report: dict[str, Any], images: Sequence[Path | None] = ()) -> str:
@@ -58,18 +35,14 @@ def render(report: dict[str, Any], images: Sequence[Path | None] = ()) -> str:
     parts.append(f'<div class="two"><section>{plots.bytes_plot(report)}</section>{_bytes_table(report["bytes"])}</div>')
     if any(layer["expert_usage"] for layer in report["layers"]):
         parts.append(f"<section><h2>Expert usage of the floating-point model</h2>{plots.expert_plot(report)}</section>")
-    parts.append(_quantization(report["quantization"]))
+    parts.append(quantization_sections(report["quantization"]))
     parts.append(_layers_table(report))
     if report["items"]:
         parts.append(_items_table(report["items"], images))
     if report["engines"]:
         parts.append(_engines_table(report["engines"]))
     title = f"Validation of {report['model']['family']}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n<body><main>"
-        f'<h1>{escape(title)}</h1><p class="sub">{escape(_subtitle(report))}</p>\n' + "\n".join(parts) + "\n</main></body></html>\n"
-    )
+    return page(title, _subtitle(report), parts)
 
 
 def _subtitle(report: dict[str, Any]) -> str:
@@ -87,12 +60,12 @@ def _verdict(report: dict[str, Any]) -> str:
     passed = not failures(report)
     words = {True: ("ok", "pass"), False: ("bad", "FAIL"), None: ("open", "not judged")}
     rows = [
-        (escape(c["name"]), f"{c['value']:.4g}", escape(c["limit"]), _word(*words[c["passed"]]), escape(c["detail"]))
+        (escape(c["name"]), f"{c['value']:.4g}", escape(c["limit"]), word(*words[c["passed"]]), escape(c["detail"]))
         for c in report["checks"]
     ]
     return (
         f'<section class="verdict {"pass" if passed else "fail"}"><h2>Validation {"passed" if passed else "failed"}</h2>'
-        + _table(("check", "value", "must be", "", "detail"), rows, numbers={1, 2}) + "</section>"
+        + table(("check", "value", "must be", "", "detail"), rows, numbers={1, 2}) + "</section>"
     )  # fmt: skip
 
 
@@ -113,7 +86,7 @@ def _logit_table(report: dict[str, Any]) -> str:
         (label, f"{c['kl_mean']:.2e}", f"{c['kl_p95']:.2e}", f"{c['kl_max']:.2e}", f"{c['top1_agreement']:.2%}")
         for key, label in labels.items() if (c := report["logits"].get(key))
     ]  # fmt: skip
-    return _table(("", "KL mean", "95%", "largest", "same top-1"), rows, numbers={1, 2, 3, 4})
+    return table(("", "KL mean", "95%", "largest", "same top-1"), rows, numbers={1, 2, 3, 4})
 
 
 def _accuracy_note(report: dict[str, Any]) -> str:
@@ -137,7 +110,7 @@ def _retrieval(retrieval: dict[str, Any]) -> str:
     ]
     head = ("model", *map(recall_label, names))
     return (
-        f"<section><h2>Caption retrieval</h2>{_table(head, rows, numbers=set(range(1, len(head))))}"
+        f"<section><h2>Caption retrieval</h2>{table(head, rows, numbers=set(range(1, len(head))))}"
         f'<p class="note">{retrieval["candidates"]} images and their captions, ranked both ways by log P(yes) - log P(no); '
         "near duplicate: the true caption against captions of the same image with one detail changed.</p></section>"
     )
@@ -150,12 +123,12 @@ def _bytes_table(sizes: dict[str, Any]) -> str:
     body = [(label, f"{r['float16']:,}", f"{r['stored']:,}", f"{r['ratio']:.2%}") for label, r in rows]
     body += [(escape(name), "", f"{size:,}", "") for name, size in sizes["artifacts"].items()]
     return (
-        f"<section><h2>Bytes</h2>{_table(('what', 'float16', 'now', 'ratio'), body, numbers={1, 2, 3})}"
+        f"<section><h2>Bytes</h2>{table(('what', 'float16', 'now', 'ratio'), body, numbers={1, 2, 3})}"
         '<p class="note">Scales are counted with the layers they belong to.</p></section>'
     )
 
 
-def _quantization(record: dict[str, Any] | None) -> str:
+def quantization_sections(record: dict[str, Any] | None) -> str:
     """How the model was quantized; every part that no stage wrote down is named as missing."""
     if record is None:
         return "<section><h2>Quantization</h2><p class=note>The checkpoint has no record of how it was quantized.</p></section>"
@@ -200,7 +173,7 @@ def _weightings(layers: list[dict[str, Any]]) -> str:
         others = ", ".join(f"{escape(name)} {k:.1e}" for name, k in kl.items() if name != row.get("weighting") and k is not None)
         rows.append((str(row["layer"]), escape(str(row.get("weighting"))), "" if value is None else f"{value:.1e}", others))
     head = ("layer", "weighting", "held-out KL", "others")
-    return f"<section><h2>Token weighting chosen by layer</h2>{_table(head, rows, numbers={2})}</section>"
+    return f"<section><h2>Token weighting chosen by layer</h2>{table(head, rows, numbers={2})}</section>"
 
 
 def _selection_note(selection: dict[str, Any]) -> str:
@@ -220,18 +193,18 @@ def _layers_table(report: dict[str, Any]) -> str:
         rows.append((str(layer["index"]), decibel(q["sqnr_db"]), f"{q['cosine']:.6f}", same, decibel(o["sqnr_db"]),
                      f"{o['median_error']:.1e}"))  # fmt: skip
     head = ("layer", "quantized SQNR, dB", "cosine", "same experts", "ONNX SQNR, dB", "ONNX median error")
-    return f"<section><h2>Layers</h2>{_table(head, rows, numbers={1, 2, 3, 4, 5})}</section>"
+    return f"<section><h2>Layers</h2>{table(head, rows, numbers={1, 2, 3, 4, 5})}</section>"
 
 
 def _items_table(items: list[dict[str, Any]], images: Sequence[Path | None]) -> str:
     rows = []
     for item in items:
         image = images[item["index"]] if item["index"] < len(images) else None
-        said = [_word("ok" if item["correct"][m] else "bad", item["said"][m]) for m in ("float", "quantized", "onnx")]
+        said = [word("ok" if item["correct"][m] else "bad", item["said"][m]) for m in ("float", "quantized", "onnx")]
         rows.append((_thumbnail(image), escape(item["question"]), escape(item["answer"]), *said, f"{item['kl']:.2e}"))
     head = ("", "question", "answer", "floating point", "quantized", "ONNX Runtime", "KL")
     return (
-        f"<section><h2>Where quantization changed most</h2>{_table(head, rows, numbers={6})}"
+        f"<section><h2>Where quantization changed most</h2>{table(head, rows, numbers={6})}"
         '<p class="note">Lost answers first, then by KL. A wrong answer is shown up to its first wrong token.</p></section>'
     )
 
@@ -245,23 +218,8 @@ def _engines_table(engines: dict[str, Any]) -> str:
             rows.append((escape(part), f"{facts.get('bytes', 0):,}", str(len(nodes)), escape(capabilities)))
     return (
         f"<section><h2>Engines for {escape(str(engines['target']))}</h2>"
-        f"{_table(('engine', 'bytes', 'plugin nodes', 'SM'), rows, numbers={1, 2})}</section>"
+        f"{table(('engine', 'bytes', 'plugin nodes', 'SM'), rows, numbers={1, 2})}</section>"
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int]) -> str:
-    """A table of HTML cells; columns in `numbers` are aligned right."""
-
-    def cell(tag: str, column: int, text: str) -> str:
-        return f"<{tag}{' class=n' if column in numbers else ''}>{text}</{tag}>"
-
-    lines = ["<tr>" + "".join(cell("th", i, escape(h)) for i, h in enumerate(head)) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows]
-    return "<table>" + "".join(lines) + "</table>"
-
-
-def _word(kind: str, text: str) -> str:
-    return f'<span class="{kind}">{escape(text)}</span>'
 
 
 def _thumbnail(image: Path | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ecmfq_export import bundle
 from ecmfq_export.errors import BundleError
+from ecmfq_export.json_file import read_json
 
 LAYERS, SCALES = "quantization.json", "smoothing_scales.safetensors"
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -44,15 +44,30 @@ def read_record(quantized_dir: Path) -> dict[str, Any] | None:
     path = quantized_dir / LAYERS
     if path.is_file():
         try:
-            record["layers"] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(record["layers"], list) or not all(isinstance(row, dict) and "layer" in row for row in record["layers"]):
-                raise ValueError("no list of layers")
-        except (OSError, ValueError, RecursionError) as error:
+            record["layers"] = read_json(path)
+            if not isinstance(record["layers"], list) or not all(map(_is_layer, record["layers"])):
+                raise ValueError("no list of layers with their errors")
+        except (OSError, ValueError) as error:
             raise BundleError(f"{path} is damaged: {error}", "quantize again") from None
     if (quantized_dir / SCALES).is_file():
         record["scales"] = _scales(quantized_dir / SCALES)
     record["selection"] = _selection(quantized_dir.parent / "calibration", manifest.inputs.get("calibration"))
     return record
+
+
+def _is_layer(row: Any) -> bool:
+    """Whether a row has the form that figures are drawn from."""
+    def numbers(values: Any) -> bool:
+        return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
+
+    if not isinstance(row, dict) or type(row.get("layer")) is not int:
+        return False
+    errors, kl, tokens = (row.get(key) for key in ("errors", "kl", "tokens"))
+    return (
+        (errors is None or (isinstance(errors, dict) and all(map(numbers, errors.values()))))
+        and (kl is None or (isinstance(kl, dict) and numbers(list(kl.values()))))
+        and (tokens is None or (isinstance(tokens, list) and all(numbers(counts) and None not in counts for counts in tokens)))
+    )
 
 
 def _scales(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -64,7 +79,7 @@ def _scales(path: Path) -> dict[str, list[dict[str, Any]]]:
                 values = np.asarray(file.get_tensor(name), np.float64)
                 rows = found.setdefault(kind, [])
                 rows.append({"layer": int(layer), "quantiles": np.quantile(values, _QUANTILES).tolist()})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, IndexError, SafetensorError) as error:
         raise BundleError(f"{path} is damaged: {error}", "quantize again") from None
     return {kind: sorted(rows, key=lambda row: row["layer"]) for kind, rows in sorted(found.items())}
 
@@ -77,7 +92,8 @@ def _selection(directory: Path, fingerprint: str | None) -> dict[str, Any] | Non
         info = bundle.read_manifest(directory, "calibrate").info
     except BundleError:
         return None
-    if bundle.fingerprint(directory) != fingerprint or any(f"selected_{key}" not in info for key in SELECTION_FIGURES):
+    figures = [info.get(f"{which}_{key}") for key in SELECTION_FIGURES for which in ("selected", "random")]
+    if bundle.fingerprint(directory) != fingerprint or not all(type(value) in (int, float) for value in figures):
         return None
     return {"pool": info.get("pool"), "selected": info.get("selected"), "topped_up": info.get("topped_up"),
             "figures": {key: [info[f"selected_{key}"], info[f"random_{key}"]] for key in SELECTION_FIGURES}}  # fmt: skip

@@ -201,6 +201,24 @@ def test_inspect_shows_bundle_and_engine(bundle_dir: Path) -> None:
     assert len(json.loads(done.stdout)["plugin_nodes"]) == 4
 
 
+def test_pages_of_the_bundle(bundle_dir: Path, tmp_path: Path) -> None:
+    """Inspected and compared with itself: every layer has bytes and errors, nothing differs, pages need nothing from outside."""
+    done = command_line("inspect", str(bundle_dir), "--json", "--html", str(tmp_path / "a.html"))
+    assert done.returncode == 0, done.stderr
+    layers = json.loads(done.stdout)["contents"]["layers"]
+    assert [row["mlp"] for row in layers] == ["int4"] * 4
+    assert all(row["sqnr_db"] > 10 and row["errors"] for row in layers)
+    done = command_line("compare", str(bundle_dir), str(bundle_dir), "--json", "--html", str(tmp_path / "b.html"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["settings"] == []
+    assert [engine["plugin nodes"] for engine in found["first"]["engines"]] == [4, 0]
+    for name in ("a", "b"):
+        page = (tmp_path / f"{name}.html").read_text()
+        assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+        assert "Errors by layer" in page
+
+
 def test_exporting_again_does_nothing(bundle_dir: Path) -> None:
     """Every stage is skipped, and no byte changes."""
     before = {p: p.stat().st_mtime_ns for p in bundle_dir.rglob("*") if p.is_file() and p.name != bundle.MANIFEST}

@@ -56,8 +56,14 @@ def test_graphs_that_onnx_runtime_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such ONNX file"):
         OrtRunner(tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
-    with pytest.raises(UserError, match="cannot load it"):
+    with pytest.raises(UserError, match="cannot be read as ONNX"):
         OrtRunner(tmp_path / "bad.onnx")
+    value = helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("NoSuchOperator", ["a"], ["b"])], "g", [value],
+                              [helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, [1])])
+    onnx.save(helper.make_model(graph), tmp_path / "unknown.onnx")
+    with pytest.raises(UserError, match="cannot load it"):
+        OrtRunner(tmp_path / "unknown.onnx")
 
 
 def test_engine_runner_without_a_gpu(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ecmfq_export.errors import BundleError
 from ecmfq_export.progress import Progress
-from ecmfq_export.runtime.decoder_session import RUNTIME_JSON, DecoderSession, DecodeState, graph_path, read_runtime
+from ecmfq_export.runtime.decoder_session import DecoderSession, DecodeState, graph_path
 from ecmfq_export.runtime.embeddings import EmbeddingTable
+from ecmfq_export.runtime.runtime_file import read_runtime, verify_export
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.validate.evaluation.evalset import EvalSet
 from ecmfq_export.validate.evaluation.requests import PrefixGroup, Request, prefix_groups
@@ -37,11 +37,9 @@ class OnnxModel:
 
     def __init__(self, directory: Path, threads: int = 0) -> None:
         self._directory, self._threads = Path(directory), threads
+        verify_export(self._directory)
         self._runtime = read_runtime(self._directory)
-        try:
-            self._state = f"hidden_{int(self._runtime['num_layers']) - 1}"  # see graph/decoder.py
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{self._directory / RUNTIME_JSON}: {error!r} is missing or wrong", "export again") from None
+        self._state = f"hidden_{self._runtime['num_layers'] - 1}"  # see graph/decoder.py
 
     def describe(self) -> dict[str, Any]:
         """Path, form, family, vocabulary and the type of the graphs."""

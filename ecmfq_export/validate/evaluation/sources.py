@@ -10,8 +10,8 @@ import torch
 from ecmfq_export.bundle import sha256_file
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
-from ecmfq_export.runtime.decoder_session import RUNTIME_JSON
 from ecmfq_export.runtime.processor import PROCESSOR_FILES
+from ecmfq_export.runtime.runtime_file import find_export
 from ecmfq_export.validate.evaluation.onnx_model import OnnxModel
 
 _FORMS = "give a checkpoint directory (config.json), a bundle, or a bundle's onnx directory"
@@ -36,9 +36,9 @@ def open_source(path: Path, threads: int = 0) -> Source:
         UserError: the path holds none of them, or something damaged.
     """
     path = Path(path)
-    for directory in (path, path / "onnx"):
-        if (directory / RUNTIME_JSON).is_file():
-            return Source(OnnxModel(directory, threads), directory)
+    directory = find_export(path)
+    if directory is not None:
+        return Source(OnnxModel(directory, threads), directory)
     if not path.exists():
         raise UserError(f"no model at {path}", _FORMS)
     if not path.is_dir():
