@@ -196,6 +196,7 @@ class _Study:
         floating, quantized = self.lockstep.answer_logits(samples, **options)
         middle = time.perf_counter()
         onnx = onnx_side.answer_logits(self.session, samples)
+        self.session.release_vision()  # the tower of the next comparison is PyTorch's
         self.seconds["pytorch"] += middle - start
         self.seconds["onnx"] += time.perf_counter() - middle
         return floating, quantized, onnx
