@@ -101,8 +101,8 @@ def require_importable(model: MoEVLM) -> None:
             continue
         for name, width in columns.items():
             if size % GROUP or width % GROUP:
-                raise UnsupportedError(f"'{name}' has groups of {min(size, width)} among {width} columns, and integer kernels take groups of "
-                                       f"{GROUP}", _WAY_OUT)
+                what = f"'{name}' has groups of {min(size, width)} among {width} columns, and integer kernels take groups of {GROUP}"
+                raise UnsupportedError(what, _WAY_OUT)
 
 
 def require_experts(model: MoEVLM) -> None:
