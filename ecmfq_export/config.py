@@ -103,12 +103,14 @@ class ExportConfig:
         max_batch: largest batch that engines take; 0 takes the target's limit.
         max_image_patches: largest number of vision patches (before merging) in one call; bounds the engine's profile.
         logits: ``last`` keeps the last position's logits only (generation), ``all`` keeps every position's.
+        ort_dtype: type of activations in graphs for ONNX Runtime alone (``--flavour ort``); a target says its own.
     """
 
     max_seq_len: int = 0
     max_batch: int = 0
     max_image_patches: int = 4096
     logits: Literal["last", "all"] = "all"
+    ort_dtype: Literal["float32", "float16"] = "float32"
 
 
 ConfigT = typing.TypeVar("ConfigT", QuantConfig, ExportConfig)

@@ -99,17 +99,23 @@ def quantize_needs(model: MoEVLM, config: QuantConfig, prompts: Prompts | None, 
         def spilled(tokens: float, bytes_each: float) -> int:
             return max(0, int(_PADDING * tokens * bytes_each) - activation_bytes)
 
-        pool = 0 if parts.selection == "random" else spilled(prompts.count * prompts.tokens, hidden + inputs)
+        def kept(tokens: float, streams: int) -> int:
+            """The state that the next layer starts from, twice while one takes the other's place."""
+            return int(2 * streams * hidden * _PADDING * tokens)
+
+        tokens = prompts.count * prompts.tokens
+        pool = 0 if parts.selection == "random" else spilled(tokens, hidden + inputs) + kept(tokens, 1)
         gradients = spilled(NUM_SAMPLES * prompts.tokens, hidden * (spec.num_layers + 2) + inputs) if parts.gamma == 0.0 else 0
         needs.append(StageNeed("calibrate", out_dir.with_name("calibration"),
                                int(chosen * (prompts.patch_bytes + 16 * prompts.tokens)), max(pool, gradients)))
         if parts.smoothing != "none":
             down = sum(4 * math.prod(model.shape(name)[::2]) for name in model.names() if name.endswith("experts.down_proj"))
-            needs.append(StageNeed("smooth", out_dir.with_name("smoothing"), down, spilled(chosen * prompts.tokens, hidden + inputs)))
+            tokens = chosen * prompts.tokens
+            needs.append(StageNeed("smooth", out_dir.with_name("smoothing"), down, spilled(tokens, hidden + inputs) + kept(tokens, 1)))
         kinds = len(parts.weightings)
         # Both models' residual streams before and behind the layer, between attention and MLP, and what each candidate leaves.
         scratch = spilled(chosen * prompts.tokens, hidden * (5 + 2 * kinds) + 2 * context + inputs)
-        states = int(2 * 2 * hidden * _PADDING * chosen * prompts.tokens)
+        states = kept(chosen * prompts.tokens, 2)
     quantized = sum(stored_bytes(model, name, config, rotated) for name in model.names())
     # What is not run is copied, but for a rotated model.
     quantized += 0 if rotated else sum(model.checkpoint.entry(name).num_bytes for name in model.unused)

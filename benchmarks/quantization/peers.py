@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=("llmcompressor", "gptqmodel"))
     parser.add_argument("--experts", type=int, required=True)
+    parser.add_argument("--first", type=int, help="run only so many of them")
     parser.add_argument("--batch", type=int, default=4)
     args = parser.parse_args()
     run = {"llmcompressor": llmcompressor, "gptqmodel": gptqmodel}[args.peer]
@@ -88,17 +89,19 @@ def main() -> None:
     warm = make_layer(8, seed=1)
     run(inputs_of(warm, "down")[:2], warm.down[:2], args.batch, Meter())
     del warm
-    inputs = {name: inputs_of(layer, name) for name in ("gate_up", "down")}
+    first = args.first or args.experts
+    inputs = {name: inputs_of(layer, name)[:first] for name in ("gate_up", "down")}
     meter = Meter()
-    values = {name: run(inputs[name], getattr(layer, name), args.batch, meter) for name in inputs}
+    values = {name: run(inputs[name], getattr(layer, name)[:first], args.batch, meter) for name in inputs}
     errors = []
     for name, found in values.items():
         weight = getattr(layer, name)
         one = [(x @ (q - w).T).square().sum() / (x @ w.T).square().sum()
-               for x, q, w in zip(inputs[name][:4], found[:4], weight[:4], strict=True)]
+               for x, q, w in zip(inputs[name][:4], found[:4], weight[: min(4, first)], strict=True)]
         errors.append(float(sum(one) / len(one)))
     print(json.dumps({
-        "seconds": meter.seconds, "peak_bytes": meter.peak_bytes, "others": meter.others, "experts": args.experts, "batch": args.batch,
+        "seconds": meter.seconds, "core_seconds": meter.core_seconds, "peak_bytes": meter.peak_bytes, "others": meter.others,
+        "experts": first, "batch": args.batch,
         "result_bytes": sum(4 * found.numel() for found in values.values()), "threads": torch.get_num_threads(), "error": errors,
         "version": importlib.metadata.version(args.peer), "torch": torch.__version__,
     }))

@@ -101,7 +101,7 @@ async def soak(url: str, pid: int, asks: list, args: argparse.Namespace) -> dict
 
     before = read_process(pid)
     try:
-        sent = await keep_sending(traffic, args.clients, args.seconds, args.requests, sample)
+        sent, stopped = await keep_sending(traffic, args.clients, args.seconds, args.requests, sample)
     finally:
         await traffic.close()
     busy = time.monotonic() - start
@@ -109,7 +109,8 @@ async def soak(url: str, pid: int, asks: list, args: argparse.Namespace) -> dict
     seconds = sorted(traffic.tally.seconds)
     return {
         "date": datetime.date.today().isoformat(), "cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(),
-        "seconds": round(busy, 1), "clients": args.clients, "queue": args.queue, "requests": sent,
+        "seconds": round(busy - stopped, 1), "seconds_stopped": round(stopped, 1), "requests": sent,
+        "clients": args.clients, "queue": args.queue,
         "outcomes": dict(sorted(traffic.tally.outcomes.items())), "answered_429_and_sent_again": traffic.tally.refused,
         "good_answers_compared": len(seconds),
         "seconds_to_answer": {"median": round(statistics.median(seconds), 3), "p95": round(seconds[int(0.95 * len(seconds))], 3),

@@ -26,6 +26,9 @@ from PIL import Image
 from ecmfq_export.runtime.chat import Turn
 from ecmfq_export.runtime.generate import Generator, Sampling
 
+_STOPPED = 10.0
+"""Seconds between two looks at a clock, a second apart, that only a process which did not run can miss."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -217,28 +220,45 @@ async def send_at_once(traffic: Traffic, count: int, seconds: float) -> None:
     await asyncio.gather(*(traffic.send(number, until) for number in range(count)))
 
 
-async def keep_sending(traffic: Traffic, clients: int, seconds: float, most: int, each_second: Callable[[], None]) -> int:
-    """`clients` at a time, one request after the other, for so many seconds and at most so many requests; returns how many."""
-    until = time.monotonic() + seconds
+async def keep_sending(
+    traffic: Traffic, clients: int, seconds: float, most: int, each_second: Callable[[], None]
+) -> tuple[int, float]:
+    """`clients` at a time, one request after the other, for so many seconds and at most so many requests.
+
+    A time in which this process was stopped (a machine that sleeps, a job that is paused) does not count, up to twice `seconds`.
+
+    Returns:
+        requests sent, and seconds that did not count.
+    """
+    start, stopped = time.monotonic(), 0.0
     numbers: Iterator[int] = itertools.islice(itertools.count(), most)
     sent = 0
+
+    def until() -> float:
+        return start + seconds + min(stopped, 2 * seconds)
 
     async def client() -> None:
         nonlocal sent
         for number in numbers:
-            if time.monotonic() >= until:
+            if time.monotonic() >= until():
                 return
-            await traffic.send(number, until)
+            await traffic.send(number, until())
             sent += 1
 
     async def watch() -> None:
+        nonlocal stopped
+        last = time.monotonic()
         while True:
             each_second()
             await asyncio.sleep(1)
+            now = time.monotonic()
+            if now - last > _STOPPED:
+                stopped += now - last - 1
+            last = now
 
     watcher = asyncio.create_task(watch())
     try:
         await asyncio.gather(*(client() for _ in range(clients)))
     finally:
         watcher.cancel()
-    return sent
+    return sent, stopped

@@ -76,7 +76,7 @@ def export_onnx(
         model_dir: a Hugging Face directory, as models.moe_vlm.open_model takes it.
         out_dir: replaced when everything is written.
         target: None for ONNX Runtime alone: weight-only int4 in com.microsoft's operators.
-        dtype: type of the graphs, ``float16`` or ``float32``; None takes the target's, float32 for ONNX Runtime alone.
+        dtype: type of the graphs, ``float16`` or ``float32``; None takes the target's, ``config.ort_dtype`` without one.
         taps: make the residual stream after each layer an output of the reference graph (``hidden_{l}``).
 
     Returns:
@@ -89,7 +89,7 @@ def export_onnx(
     require_plain_inputs(model)
     if model.unused:
         progress.note(model.unused_note("not exported"))
-    dtype = dtype or (target.dtype if target is not None else "float32")
+    dtype = dtype or (target.dtype if target is not None else config.ort_dtype)
     sizes = resolve_sizes(model, target, config)
     settings = {
         "export": dataclasses.asdict(config), "sizes": dataclasses.asdict(sizes), "dtype": dtype, "taps": taps,

@@ -120,7 +120,7 @@ def route(
     if spec.scaling != 1.0:
         topk_weights = topk_weights * spec.scaling
     if num_shared:
-        shared = torch.arange(len(weight), len(weight) + num_shared).expand(len(x), num_shared)
+        shared = torch.arange(len(weight), len(weight) + num_shared, device=x.device).expand(len(x), num_shared)
         topk_ids = torch.cat((topk_ids, shared), -1)
         topk_weights = torch.cat((topk_weights, topk_weights.new_ones(len(x), num_shared)), -1)
     return Routing(logits, scores, topk_ids, topk_weights)
@@ -130,7 +130,7 @@ def limit_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     """Selection scores [T, num_experts], -inf outside the ``top_groups`` groups with the largest sum of two best scores."""
     grouped = choice.unflatten(-1, (spec.num_groups, -1))
     best = grouped.topk(2, dim=-1).values.sum(-1).topk(spec.top_groups, dim=-1).indices
-    inside = torch.zeros(grouped.shape[:-1], dtype=torch.bool).scatter_(-1, best, True)
+    inside = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=best.device).scatter_(-1, best, True)
     return grouped.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
@@ -139,8 +139,8 @@ def dispatch(topk_ids: torch.Tensor, num_experts: int) -> Dispatch:
     flat = topk_ids.reshape(-1)
     expert, order = torch.sort(flat, stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel())
-    offsets = torch.zeros(num_experts + 1, dtype=torch.int64)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
     offsets[1:] = torch.bincount(flat, minlength=num_experts).cumsum(0)
     return Dispatch(order // topk_ids.shape[1], order % topk_ids.shape[1], expert, offsets, inverse)
 
@@ -156,8 +156,8 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
 
 def _padded_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     counts = offsets.diff()
-    expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    place = torch.arange(x.shape[0]) - offsets[:-1][expert]
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+    place = torch.arange(x.shape[0], device=x.device) - offsets[:-1][expert]
     padded = x.new_zeros(len(counts), int(counts.max()), x.shape[1]).index_put((expert, place), x)
     return torch.bmm(padded, weight.transpose(1, 2))[expert, place]
 

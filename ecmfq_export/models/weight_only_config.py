@@ -1,4 +1,4 @@
-"""What ``quantization_config`` says of a weight-only int4 checkpoint: GPTQ, AWQ, or compressed-tensors without activations."""
+"""What ``quantization_config`` says of another quantizer's int4 checkpoint: GPTQ, AWQ, or compressed-tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 
-PACKED = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
+MARKS = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_scale"}
 """By method: the tensor of a module whose presence says that it is quantized."""
 
 _ANEW = "quantize the floating-point checkpoint again, with ecmfq-export or the library that wrote this one"
@@ -37,6 +37,8 @@ class WeightOnlyForm:
         minus_one: GPTQ's zero points are stored less one (format ``gptq``), not as they are (``gptq_v2``).
         zero_points: compressed-tensors: whether modules have a ``weight_zero_point``.
         group_indices: compressed-tensors: whether modules have a ``weight_g_idx``. (GPTQ's always have a ``g_idx``.)
+        bytes: compressed-tensors: an int8 for each value (``int-quantized``), not eight values a word (``pack-quantized``).
+        activations: what the checkpoint was made for: ``float`` (W4A16), or ``int8``, dynamic and per token (W4A8).
     """
 
     method: Literal["gptq", "awq", "compressed-tensors"]
@@ -44,15 +46,17 @@ class WeightOnlyForm:
     minus_one: bool = False
     zero_points: bool = False
     group_indices: bool = False
+    bytes: bool = False
+    activations: Literal["float", "int8"] = "float"
 
     @property
-    def packed(self) -> str:
-        """Suffix of the tensor that a quantized module has."""
-        return PACKED[self.method]
+    def mark(self) -> str:
+        """Suffix of a tensor that quantized modules have and others have not."""
+        return MARKS[self.method]
 
 
 def read_weight_only(config: Mapping[str, Any]) -> WeightOnlyForm | None:
-    """The form of a config.json's weight-only quantization; None where it has none, or one with quantized activations.
+    """The form of a config.json's int4 weights; None where it has none, or one that quantized_reader.py reads.
 
     Raises:
         UnsupportedError: other bits than 4, a packing that is not read, settings by module, or a field that is not known.
@@ -66,7 +70,7 @@ def read_weight_only(config: Mapping[str, Any]) -> WeightOnlyForm | None:
         return _gptq(quantization)
     if method == "awq":
         return _awq(quantization)
-    if method == "compressed-tensors" and _without_activations(quantization):
+    if method == "compressed-tensors" and (_without_activations(quantization) or _names_observers(quantization)):
         return _compressed(quantization)
     return None
 
@@ -110,6 +114,16 @@ def _without_activations(given: Mapping[str, Any]) -> bool:
     return bool(members) and all(isinstance(group, Mapping) and group.get("input_activations") is None for group in members)
 
 
+def _names_observers(given: Mapping[str, Any]) -> bool:
+    """int4 of llm-compressor, with int8 activations too: any floating scale a group. Ours have two levels, and name no observer."""
+    groups = given.get("config_groups")
+    members = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") if isinstance(group, Mapping) else None for group in members]
+    return bool(members) and all(
+        isinstance(w, Mapping) and w.get("num_bits") == 4 and w.get("observer") for w in weights
+    )
+
+
 def _compressed(given: Mapping[str, Any]) -> WeightOnlyForm:
     _expect("quantization_status", given.get("quantization_status", "compressed"), "compressed")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
@@ -125,19 +139,28 @@ def _compressed_group(where: str, group: Mapping[str, Any], default_format: Any)
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise UnsupportedError(f"quantization_config.{where} has no weights", _ANEW)
-    _expect(f"{where}.format", group.get("format") or default_format, "pack-quantized")
+    storage = group.get("format") or default_format
+    _expect(f"{where}.format", storage, "pack-quantized", "int-quantized")
+    if storage == "int-quantized":
+        _expect(f"{where}.weights.symmetric", weights.get("symmetric", True), True)
     _expect(f"{where}.output_activations", group.get("output_activations"), None)
     _expect(f"{where}.weights.num_bits", weights.get("num_bits"), 4)
     _expect(f"{where}.weights.type", weights.get("type", "int"), "int")
     _expect(f"{where}.weights.dynamic", weights.get("dynamic", False), False)
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     _expect(f"{where}.weights.strategy", strategy, "group", "channel")
+    inputs = group.get("input_activations")
+    if inputs is not None:
+        expected = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        for key, value in expected.items():
+            _expect(f"{where}.input_activations.{key}", inputs.get(key) if isinstance(inputs, Mapping) else inputs, value)
     actorder = weights.get("actorder")
     _expect(f"{where}.weights.actorder", actorder, None, False, True, "weight", "static", "group", "dynamic")
     size = _group_size(weights) if strategy == "group" else -1
     # "weight" and "static" order columns while rounding only; "group" (also spelled true or dynamic) leaves them in that order.
     return WeightOnlyForm("compressed-tensors", size, zero_points=not weights.get("symmetric", True),
-                          group_indices=strategy == "group" and actorder in (True, "group", "dynamic"))
+                          group_indices=strategy == "group" and actorder in (True, "group", "dynamic"),
+                          bytes=storage == "int-quantized", activations="float" if inputs is None else "int8")
 
 
 def _group_size(given: Mapping[str, Any], other: str = "group_size") -> int:

@@ -5,7 +5,8 @@ On disk a module ``M`` of N outputs and K inputs in G groups is, by method:
 - ``gptq``: ``M.qweight`` int32 [K / 8, N], ``M.qzeros`` int32 [G, N / 8], ``M.scales`` [G, N], ``M.g_idx`` int32 [K].
 - ``awq`` (GEMM): ``M.qweight`` int32 [K, N / 8], ``M.qzeros`` int32 [G, N / 8], ``M.scales`` [G, N].
 - ``compressed-tensors``: ``M.weight_packed`` int32 [N, K / 8], ``M.weight_scale`` [N, G], ``M.weight_shape`` [2], and where the
-  config says so ``M.weight_zero_point`` int32 [N / 8, G] and ``M.weight_g_idx`` int32 [K].
+  config says so ``M.weight_zero_point`` int32 [N / 8, G] and ``M.weight_g_idx`` int32 [K]; or, ``int-quantized``, ``M.weight``
+  int8 [N, K] in [-8, 7] and ``M.weight_scale``.
 
 Experts lie one by one. quant/int4_words.py has the order of the nibbles.
 """
@@ -13,6 +14,7 @@ Experts lie one by one. quant/int4_words.py has the order of the nibbles.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -110,8 +112,11 @@ class WeightOnlySource:
         module, (rows, columns), form = part.name.removesuffix(".weight"), part.shape, self.form
         groups = 1 if form.group_size == -1 else -(-columns // form.group_size)
         if form.method == "compressed-tensors":
-            tensors = {"weight_packed": ((rows, -(-columns // 8)), _INT32), "weight_scale": ((rows, groups), _FLOATS),
-                       "weight_shape": ((2,), _INTEGERS)}
+            tensors: dict[str, Any] = {"weight_scale": ((rows, groups), _FLOATS)}
+            if form.bytes:
+                tensors["weight"] = ((rows, columns), (torch.int8,))
+            else:
+                tensors |= {"weight_packed": ((rows, -(-columns // 8)), _INT32), "weight_shape": ((2,), _INTEGERS)}
             if form.zero_points:
                 tensors["weight_zero_point"] = ((-(-rows // 8), groups), _INT32)
             if form.group_indices:
@@ -130,7 +135,9 @@ class WeightOnlySource:
         loaded = {key: checkpoint.load(name) for key, name in get.items()}
         index = loaded.get("g_idx", loaded.get("weight_g_idx"))
         zero: torch.Tensor | None = None
-        if self.form.method == "compressed-tensors":
+        if self.form.bytes:
+            values, scale = _unsigned(loaded["weight"], module), loaded["weight_scale"].float()
+        elif self.form.method == "compressed-tensors":
             if loaded["weight_shape"].tolist() != [rows, columns]:
                 stored = loaded["weight_shape"].tolist()
                 raise CheckpointError(f"'{module}.weight_shape' says {stored}, config.json implies {[rows, columns]}")
@@ -182,7 +189,7 @@ def weight_only_source(
     Raises:
         UnsupportedError: some of an expert layer's modules are quantized and others are not, or sizes that words of eight cannot hold.
     """
-    there = [f"{part.name.removesuffix('.weight')}.{form.packed}" in checkpoint for part in parts]
+    there = [f"{part.name.removesuffix('.weight')}.{form.mark}" in checkpoint for part in parts]
     if not any(there):
         return None
     if not all(there):
@@ -192,6 +199,13 @@ def weight_only_source(
         if form.method != "compressed-tensors" and any(size % 8 for size in part.shape):
             raise UnsupportedError(f"'{part.name}' is {list(part.shape)}", f"{form.method} packs eight values a word")
     return WeightOnlySource(form, parts, shape, float_source)
+
+
+def _unsigned(values: torch.Tensor, module: str) -> torch.Tensor:
+    low, high = (int(v) for v in torch.aminmax(values))
+    if low < -8 or high > 7:
+        raise CheckpointError(f"'{module}.weight' spans [{low}, {high}], outside [-8, 7] of 4 bits", "the checkpoint was damaged")
+    return (values + SYMMETRIC_ZERO).to(torch.uint8)
 
 
 def _empty(like: WeightOnly, experts: int, shape: tuple[int, ...]) -> WeightOnly:

@@ -162,8 +162,9 @@ def quantize_ordered(
     weights = upper.diagonal(dim1=-2, dim2=-1).square()
     for start, end in _blocks(columns):
         upper[:, start:end, start:] /= upper[:, start:end, start:].diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
+    other = _missed_by_nearest(target, step, limit, work)
     qvalue, error = _walk(target, upper, weights, step, limit, work)
-    _keep_better_rows(qvalue, error, target, upper, weights, step, limit, work)  # `target` holds what is missing now
+    _keep_better_rows(qvalue, error, target, other, upper, weights, step, limit)  # `target` holds what is missing now
     return QTensor(_to_rows(qvalue, position), scale, num_bits, group_size, multiplier)
 
 
@@ -275,39 +276,36 @@ def _round_tile(
             inside[:, column] -= rounded
 
 
-def _nearest(target: torch.Tensor, step: torch.Tensor | None, limit: int) -> torch.Tensor:
-    return (torch.round(target) if step is None else torch.div(target, step).round_()).clamp_(-limit, limit)
-
-
 def _some_rows(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """[E, B, M] of [E, B, N]: `rows` [E, M] of each expert; all of them where it is None."""
     return values if rows is None else values.gather(2, rows.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
+def _missed_by_nearest(target: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace) -> torch.Tensor:
+    """`target` [E, K, N] minus its nearest grid point."""
+    other = work.take("nearest", target.shape)
+    if step is None:
+        torch.round(target, out=other).clamp_(-limit, limit)
+    else:
+        torch.div(target, step, out=other).round_().clamp_(-limit, limit).mul_(step)
+    return torch.sub(target, other, out=other)
+
+
 def _keep_better_rows(
-    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor,
-    step: torch.Tensor | None, limit: int, work: Workspace,
+    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, other: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor,
+    step: torch.Tensor | None, limit: int,
 ) -> None:
     """Rows where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
 
-    The error of rounding to nearest is a sum of squares over columns, and the largest come first: once a row's sum so far
-    exceeds what the walk reached, the row is settled, and columns go on with those that are not.
+    The error of rounding to nearest is a sum of squares over columns. The first columns have the largest weights and see the errors of
+    all others, so they come first: once a row's sum so far exceeds what the walk reached, the row is settled, and columns go on with
+    those that are not.
 
-    `missing` is the target minus the walk's grid point; `unit` and `weights` as in :func:`_walk`.
+    `missing` is the target minus the walk's grid point, `other` minus the nearest one; `unit` and `weights` as in :func:`_walk`.
     """
     rows: torch.Tensor | None = None  # those that are not settled, and a few others to fill up
-    other = work.take("nearest", missing.shape)  # the target minus its nearest grid point
     total = torch.zeros_like(error)
-
-    def targets(part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        steps = None if step is None else _some_rows(step[:, part], rows)
-        points = _some_rows(qvalue[:, part], rows).float()
-        return _some_rows(missing[:, part], rows) + (points if steps is None else points.mul_(steps)), steps
-
-    for start, end in _blocks(missing.shape[1]):
-        target, steps = targets(slice(start, end))
-        nearest = _nearest(target, steps, limit)
-        torch.sub(target, nearest if steps is None else nearest.mul_(steps), out=other[:, start:end])
+    for start, end in reversed(list(_blocks(missing.shape[1]))):
         total += (unit[:, start:end, start:] @ other[:, start:]).square_().mul_(weights[:, start:end].unsqueeze(-1)).sum(1)
         unsettled = total < error
         most = int(unsettled.sum(1).max())
@@ -317,8 +315,10 @@ def _keep_better_rows(
             keep = torch.argsort(unsettled, dim=1, descending=True, stable=True)[:, :most]
             rows = keep if rows is None else rows.gather(1, keep)
             total, error, other = total.gather(1, keep), error.gather(1, keep), _some_rows(other, keep)
-    target, steps = targets(slice(None))
-    chosen = torch.where((total < error).unsqueeze(1), _nearest(target, steps, limit).to(torch.int8), _some_rows(qvalue, rows))
+    walked, steps = _some_rows(qvalue, rows), None if step is None else _some_rows(step, rows)
+    target = _some_rows(missing, rows) + (walked.float() if steps is None else walked * steps)
+    nearest = (torch.round(target) if steps is None else target.div_(steps).round_()).clamp_(-limit, limit)
+    chosen = torch.where((total < error).unsqueeze(1), nearest.to(torch.int8), walked)
     if rows is None:
         qvalue.copy_(chosen)
     else:

@@ -27,6 +27,10 @@ _SAID = {"refusal": (), "annotations": ([],), "audio": (), "tool_calls": ([],), 
 """Of an assistant's message that a client sends back as it got it."""
 
 
+MAX_PARTS = 10_000
+"""Messages and parts of messages: objects of a hundred times the memory of the shortest JSON that asks for them."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -113,6 +117,8 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     """
     data = _read_json(body)
     _refuse(data, NEUTRAL, "")
+    if (count := _count_parts(data.get("messages"))) > MAX_PARTS:
+        raise ApiError(400, f"{count} messages and parts of messages; this server's limit is {MAX_PARTS}", param="messages")
     fields = {key: value for key, value in data.items() if key not in NEUTRAL and key not in WITHOUT_EFFECT}
     fields["messages"] = _without_echo(data.get("messages"))
     try:
@@ -151,6 +157,13 @@ def _refuse(data: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: st
                            param=where + key, code="unsupported_parameter")
 
 
+def _count_parts(messages: Any) -> int:
+    if not isinstance(messages, list):
+        return 0
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+
+
 def _without_echo(messages: Any) -> Any:
     """Messages without the empty fields that an answer brings along when it is sent back."""
     if not isinstance(messages, list):
@@ -179,4 +192,4 @@ def _raise_first(error: ValidationError) -> NoReturn:
             path += f".{step}" if path else step
     if first["type"] == "extra_forbidden":
         raise ApiError(400, f"'{path[:200]}' is not known to this server", param=path[:200], code="unknown_parameter")
-    raise ApiError(400, f"'{path}': {first['msg']}", param=path)
+    raise ApiError(400, f"'{path}': {first['msg'][:300]}", param=path)

@@ -155,8 +155,9 @@ class ModelWorker:
             (result,) = self._generator.generate_batch(
                 [job.sample], job.max_new_tokens, on_token if job.stream else None, job.sampling, job.stop, job.cancelled.is_set
             )
-        except Exception:
+        except BaseException:
             # The request passed every check, so this is the model's fault or ours: the log has it all, the client only that.
+            # Not only Exception: a panic of the tokenizer's Rust code is none, and the thread must live.
             log.exception("%s failed", job.id)
             return ApiError(500, f"the model failed; the server's log says more under {job.id}")
         seconds = time.monotonic() - job.started

@@ -34,6 +34,7 @@ RECORD = "import.json"
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
+_MADE_FOR = {"float": "the checkpoint was made for floating-point ones (W4A16)", "int8": "as the checkpoint was made for (W4A8)"}
 _ANEW = "round it anew from its dequantized weights ('ecmfq-export quantize')"
 _WAY_OUT = f"{_ANEW}, or export it weight-only for ONNX Runtime (--flavour ort)"
 
@@ -79,11 +80,10 @@ def import_quantized(model_dir: Path, out_dir: Path, config: QuantConfig, progre
         info.update(
             method=model.weight_only.method, largest_error=max(entry["error"] for entry in entries),
             exact_weights=sum(entry["error"] == 0 for entry in entries), weights=len(entries),
-            activations="int8 a token; the checkpoint was made for floating-point activations (W4A16)",
+            activations=f"int8 a token, {_MADE_FOR[model.weight_only.activations]}",
         )  # fmt: skip
     progress.note(f"{info['exact_weights']} of {info['weights']} weights carried over exactly, largest relative change "
-                  f"{info['largest_error']:.2g}; activations are int8 from here on (W4A8), the checkpoint was made for floating-point "
-                  "ones (W4A16)")
+                  f"{info['largest_error']:.2g}; activations: {info['activations']}")
     return out_dir
 
 

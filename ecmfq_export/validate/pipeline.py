@@ -124,12 +124,12 @@ def validate(
 
 
 def _imported(quantized_dir: Path) -> str:
-    """What an imported checkpoint computes with, and what it was made for; empty for others."""
+    """What an imported checkpoint computes with and was made for; empty for others."""
     try:
         manifest = bundle.read_manifest(quantized_dir, "import")
     except BundleError:
         return ""
-    return f"W4A8, imported from {manifest.info['method']} (made for W4A16)"
+    return f"W4A8, imported from {manifest.info['method']} (activations: {manifest.info['activations']})"
 
 
 def _existing(data: Path) -> Path:
@@ -204,7 +204,7 @@ class _Study:
             "schema_version": SCHEMA_VERSION,
             "model": {"family": spec.family, "layers": spec.num_layers, "hidden_size": spec.hidden_size,
                       "experts": moe[0].num_experts if moe else 0, "top_k": moe[0].top_k if moe else 0,
-                      "quantized": self.quantized.quantization is not None, "computes": self.computes},
+                      "quantized": self.quantized.quantization is not None or bool(self.computes), "computes": self.computes},
             "settings": {"items": len(self.prompts.samples), "positions": self.prompts.positions,
                          "tapped_items": len(self.tapped), "onnx_dtype": self.onnx_dtype},
             "vision": vision,

@@ -20,6 +20,7 @@ from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.models.weight_only_source import linear_parts
 from ecmfq_export.progress import Silent
 from ecmfq_export.stages.import_quantized import import_quantized
+from tests.tiny_families import FAMILIES
 from tests.tiny_kimi import kimi_sample, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
 
@@ -140,12 +141,22 @@ def test_values_are_the_library_s(tmp_path: Path, case: str) -> None:
     assert imported.config["quantization_config"]["config_groups"] and imported.qtensor(name).group_size == CASES[case][0]
 
 
+MAKERS = {
+    "kimi_vl": (make_kimi_vl, {}, kimi_sample),
+    **{name: (family.make, {}, family.sample) for name, family in FAMILIES.items()},
+    "glm4v_moe, two shared experts": (FAMILIES["glm4v_moe"].make, {"n_shared_experts": 2}, FAMILIES["glm4v_moe"].sample),
+}
+
+
 @torch.no_grad()
-def test_kimi_with_shared_experts(tmp_path: Path) -> None:
-    """Published shared experts are one MLP: with one scale a row, each of them is its columns."""
-    values = quantize(make_kimi_vl(tmp_path / "float"), tmp_path / "quantized", -1)
+@pytest.mark.parametrize("family", MAKERS)
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """Shared experts are one MLP on disk: with one scale a row, each of them is its columns."""
+    maker, options, sample = MAKERS[family]
+    values = quantize(maker(tmp_path / "float", **options), tmp_path / "quantized", -1)
     model = open_model(tmp_path / "quantized")
-    assert sum("shared_experts" in module for module in values) == 3 * 2
+    shared = 3 * len(model.spec.moe_layers) if model.spec.num_shared_experts else 0
+    assert sum("shared_experts" in module for module in values) == shared
     for name in model.names():
         if name.startswith("layers.") and model.has_int4(name):
             assert torch.equal(model.tensor(name), expected(model, name, values)), name
@@ -154,7 +165,7 @@ def test_kimi_with_shared_experts(tmp_path: Path) -> None:
         for suffix in ("gate_up_proj", "down_proj"):
             name = f"layers.{index}.mlp.experts.{suffix}"
             assert torch.equal(imported.tensor(name), model.tensor(name))
-    inputs = prepare_inputs(model, [kimi_sample(1)], vision=model.vision_module())
+    inputs = prepare_inputs(model, [sample(1)], vision=model.vision_module())
     assert torch.isfinite(run_decoder(imported, inputs)).all()
 
 

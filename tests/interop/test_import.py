@@ -1,4 +1,4 @@
-"""Checkpoints that GPTQModel made (data/, make_checkpoints.py): their logits are the library's, imported or refused by name."""
+"""Checkpoints that GPTQModel and llm-compressor made (data/, make_*.py): their logits are the library's, imported or refused by name."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from ecmfq_export.target import load_target
 from tests.interop.checkpoints import Fixture, make
 
 NAMES = ("example_gptq", "gptq_groups", "gptq_group_aware", "gptq_act_order", "gptq_v2_zero_points", "awq", "awq_zero_points")
+LLM_COMPRESSOR = ("llmcompressor_w4a16", "llmcompressor_w4a16_asym", "llmcompressor_w4a8")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 @pytest.fixture(scope="module")
 def fixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fixture]:
     root = tmp_path_factory.mktemp("interop")
-    return {name: make(name, root / name) for name in NAMES}
+    return {name: make(name, root / name) for name in (*NAMES, *LLM_COMPRESSOR)}
 
 
 @pytest.fixture(scope="module")
 def imported(fixtures: dict[str, Fixture], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("imported")
-    names = ("example_gptq", "gptq_groups", "gptq_group_aware", "awq")
+    names = ("example_gptq", "gptq_groups", "gptq_group_aware", "awq", "llmcompressor_w4a16", "llmcompressor_w4a8")
     return {name: import_quantized(fixtures[name].path, root / name, QuantConfig(), Silent()) for name in names}
 
 
@@ -62,6 +63,22 @@ def test_logits_are_the_library_s(fixtures: dict[str, Fixture], name: str) -> No
         assert float((ours - theirs).abs().max()) < 1e-3 * float(theirs.abs().max())
 
 
+@pytest.mark.parametrize("name", LLM_COMPRESSOR)
+def test_logits_are_llm_compressor_s(fixtures: dict[str, Fixture], name: str) -> None:
+    """Which dequantizes in float32 if it is asked to: nothing is left but the order of sums."""
+    fixture = fixtures[name]
+    model = open_model(fixture.path)
+    assert model.weight_only.method == "compressed-tensors" and "llmcompressor" in fixture.library
+    for ours, theirs in fixture.compare(model):
+        assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
+
+
+def test_what_an_import_was_made_for_is_said(imported: dict[str, Path]) -> None:
+    said = {name: json.loads((imported[name] / "manifest.json").read_text())["info"]["activations"] for name in imported}
+    assert "made for floating-point ones (W4A16)" in said["llmcompressor_w4a16"]
+    assert "as the checkpoint was made for (W4A8)" in said["llmcompressor_w4a8"]
+
+
 def test_exact_import_of_the_example(fixtures: dict[str, Fixture], imported: dict[str, Path]) -> None:
     """One scale a channel: every integer and scale is carried over; only the activations' int8 is new."""
     source, model = open_model(fixtures["example_gptq"].path), open_model(imported["example_gptq"])
@@ -79,7 +96,7 @@ def test_exact_import_of_the_example(fixtures: dict[str, Fixture], imported: dic
         assert float(kl.mean()) < 0.01 and torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-@pytest.mark.parametrize("checkpoint", ["gptq_groups", "gptq_group_aware", "awq"])
+@pytest.mark.parametrize("checkpoint", ["gptq_groups", "gptq_group_aware", "awq", "llmcompressor_w4a16", "llmcompressor_w4a8"])
 def test_groups_under_integer_multipliers(fixtures: dict[str, Fixture], imported: dict[str, Path], checkpoint: str) -> None:
     source, model = open_model(fixtures[checkpoint].path), open_model(imported[checkpoint])
     record = json.loads((imported[checkpoint] / RECORD).read_text())
@@ -115,6 +132,7 @@ def test_attention_recipes(fixtures: dict[str, Fixture], tmp_path: Path) -> None
 @pytest.mark.parametrize(("name", "message"), [
     ("gptq_act_order", "'layers.0.mlp.experts.gate_up_proj' has columns in activation order"),
     ("gptq_v2_zero_points", "'layers.0.mlp.experts.gate_up_proj' has zero points"),
+    ("llmcompressor_w4a16_asym", "'layers.0.mlp.experts.gate_up_proj' has zero points"),
     ("awq_zero_points", "'layers.0.mlp.experts.gate_up_proj' has zero points"),
 ])  # fmt: skip
 def test_what_kernels_cannot_hold_is_refused_by_name(fixtures: dict[str, Fixture], tmp_path: Path, name: str, message: str) -> None:
@@ -209,6 +227,15 @@ def test_damaged_group_indices(fixtures: dict[str, Fixture], tmp_path: Path) -> 
 
     model = open_model(change(fixtures["gptq_groups"].path, tmp_path / "bad", edit))
     with pytest.raises(CheckpointError, match=f"'{GATE}': group indices"):
+        model.tensor("layers.0.mlp.experts.gate_up_proj")
+
+
+def test_bytes_that_are_no_int4(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{GATE}.weight"][0, 0] = 8
+
+    model = open_model(change(fixtures["llmcompressor_w4a8"].path, tmp_path / "bad", edit))
+    with pytest.raises(CheckpointError, match=f"'{GATE}.weight' spans .*, 8\\], outside"):
         model.tensor("layers.0.mlp.experts.gate_up_proj")
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from ecmfq_export.errors import UserError
+from ecmfq_export.quant import gptq
 from ecmfq_export.quant.faq import FaqSettings, quantize_faq
 from ecmfq_export.quant.gptq import quantize_gptq
 from ecmfq_export.quant.grouping import group_by_expert
 from ecmfq_export.quant.hessian import Blend, WeightedHessian, shrinkage, weighted_error
 from ecmfq_export.quant.qtensor import QTensor
-from ecmfq_export.quant.rtn import quantize_rtn
+from ecmfq_export.quant.rtn import quantize_at, quantize_rtn
 
 E, N, K, T = 6, 24, 160, 1500
 
@@ -200,6 +201,22 @@ def test_degenerate_routing_quantizes(case):
     q = quantize_faq(weight, h, FaqSettings(4))
     assert bool(torch.isfinite(q.dequantize()).all())
     assert float((q.dequantize() - weight).square().mean()) < 0.2
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(24, -1), (150, -1), (256, 128)])
+def test_each_row_is_the_better_of_walk_and_nearest(columns, group_size, monkeypatch):
+    """Weak correlations and heavy tails, where the greedy walk loses some rows."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 400, columns, generator=g) @ (torch.eye(columns) + 0.05 / columns**0.5 * torch.randn(columns, columns, generator=g))
+    weight, h = torch.randn(3, 200, columns, generator=g) ** 3, x.mT @ x
+    damped = h.double() + 0.01 * h.diagonal(dim1=-2, dim2=-1).double().mean(-1)[:, None, None] * torch.eye(columns)
+    ours = quantize_gptq(weight, h, 4, group_size)
+    nearest = quantize_at(weight, ours.scale, ours.group_multiplier, 4, group_size)
+    monkeypatch.setattr(gptq, "_keep_better_rows", lambda *_: None)
+    walked = quantize_gptq(weight, h, 4, group_size)
+    error, of_nearest, of_walk = (weighted_error((q.dequantize() - weight).double(), damped) for q in (ours, nearest, walked))
+    assert int((of_walk > 1.0001 * of_nearest).sum()) > 10
+    assert torch.allclose(error, torch.minimum(of_nearest, of_walk), rtol=1e-3)
 
 
 def test_dead_and_constant_columns():

@@ -58,6 +58,11 @@ def test_one_user_turn_is_a_sample(processor):
     assert int((one.input_ids == IMAGE_TOKEN_ID).sum()) > 0
 
 
+def test_a_template_may_change_the_order(directory, tmp_path):
+    processor = _with_template(directory, tmp_path, "{{ messages[1].content[0].text }}{{ messages[0].content }}")
+    assert processor.chat([Turn("system", ("first",)), Turn("user", ("second",))]).length == len("secondfirst")
+
+
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_placeholders_are_refused_in_every_turn(processor, role):
     with pytest.raises(UserError, match="placeholder"):

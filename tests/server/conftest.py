@@ -20,9 +20,6 @@ CONTEXT = 384
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what `run` and `serve` read of a bundle. The model writes noise and broken UTF-8, but always the same."""
-    import os  # DEV
-    if os.environ.get("ECMFQ_DEV_BUNDLE"):  # DEV
-        return Path(os.environ["ECMFQ_DEV_BUNDLE"])  # DEV
     # Imported here: they bring torch, which a part of these tests can do without.
     from ecmfq_export.config import ExportConfig
     from ecmfq_export.graph.pipeline import export_onnx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -116,3 +117,29 @@ def test_other_settings_or_samples_start_the_stage_again(
     fresh = tmp_path / "fresh"
     run(model, data, fresh, config)
     assert results(out) == results(fresh)
+
+
+@pytest.mark.slow
+def test_ten_random_kills_of_a_whole_export(model: Path, pool: Path, tmp_path: Path) -> None:
+    """Graphs and validation too; no engine, whose log tells the time. The report holds seconds: all but those are compared."""
+    from ecmfq_export.config import ExportConfig
+    from ecmfq_export.target import load_target
+
+    def export(out: Path) -> None:
+        workflow.export(model, pool, out, load_target("rtx"), QUICK, ExportConfig(max_seq_len=128), Silent(), build=False)
+
+    def outcome(out: Path) -> dict[str, object]:
+        stages = {path.parent.relative_to(out).as_posix(): file_hashes(path.parent) for path in sorted(out.rglob("manifest.json"))}
+        report = json.loads((out / "report" / "report.json").read_text())
+        return {name: hashes for name, hashes in stages.items() if name not in ("report", ".")} | {
+            "report": {key: value for key, value in report.items() if key != "seconds"}}
+
+    code, changes = run_in_child(partial(export, tmp_path / "whole"))
+    assert code == 0
+    expected = outcome(tmp_path / "whole")
+    for number, moment in enumerate(sorted(random.Random(6).sample(range(2, changes), 10))):
+        out = tmp_path / str(number)
+        assert run_in_child(partial(export, out), moment)[0] == -9
+        assert run_in_child(partial(export, out))[0] == 0, f"after a kill at change {moment} of {changes}"
+        assert outcome(out) == expected, f"after a kill at change {moment} of {changes}"
+        shutil.rmtree(out)

@@ -1,0 +1,45 @@
+"""Every computation of the stages on a second device that tells its tensors from the host's, as CUDA does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ecmfq_export import workflow
+from ecmfq_export.models.moe_vlm import open_model
+from ecmfq_export.progress import Silent
+from tests.stages.common import SETTINGS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Without images: transformers' tower is not what is tested here."""
+    rows = [{"text": f"What is {i}?", "answer": "ab"[: 1 + i % 2] + str(i)} for i in range(6)]
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "pool"
+
+
+@pytest.mark.parametrize("smoothing", ["smoothquant", pytest.param("ecs", marks=pytest.mark.slow)])
+def test_all_stages_on_another_device_find_what_the_cpu_finds(smoothing: str, tiny: Path, texts: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "tests.stages.other_device", str(tiny), str(texts), str(tmp_path / "other"), smoothing]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = replace(SETTINGS, num_samples=4, weighting="rho_g_phi", smoothing=smoothing)
+    here = open_model(workflow.quantize_model(tiny, texts, tmp_path / "here" / "quantized", config, Silent()))
+    there = open_model(tmp_path / "other" / "quantized")
+    selections = [json.loads((tmp_path / place / "calibration" / "selection.json").read_text()) for place in ("here", "other")]
+    assert selections[0] == selections[1]
+    for name in ("layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj", "layers.1.self_attn.o_proj.weight"):
+        own, other = here.qtensor(name).qvalue, there.qtensor(name).qvalue
+        # Sums in another order move a few values that lie between two grid points.
+        assert float((own != other).float().mean()) < 0.02, name
