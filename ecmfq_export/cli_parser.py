@@ -16,6 +16,7 @@ Take a Mixture-of-Experts vision-language model from a Hugging Face checkpoint t
 _EXPORT_EXAMPLES = """\
 examples:
   ecmfq-export export ./Qwen3-VL-30B-A3B --data ./calib_data --target rtx -o ./bundle
+  ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle --dry-run      # only look
   ecmfq-export export ./model --data captions.json --target jetson-orin -o ./bundle
   ecmfq-export export ./model --data ./calib_data --target l4 -o ./bundle --set attention=w4a8 --set num_samples=512
   ecmfq-export export ./Qwen3-VL-30B-A3B-GPTQ-Int4 --target l4 -o ./bundle        # imports its int4 weights
