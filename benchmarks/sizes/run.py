@@ -65,8 +65,8 @@ def run_one(layers: int, args: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     cost = run_measured(command, args.work / f"export{layers}.log", bundle, environment)
     if cost.returncode:
-        raise SystemExit(f"{layers} layers: exit code {cost.returncode}; see {args.work / f'export{layers}.log'}")
-    row = {"layers": layers, "shapes": "small" if args.small else "Qwen3-VL-30B-A3B",
+        print(f"{layers} layers: exit code {cost.returncode}; see {args.work / f'export{layers}.log'}", file=sys.stderr)
+    row = {"layers": layers, "returncode": cost.returncode, "shapes": "small" if args.small else "Qwen3-VL-30B-A3B",
            "checkpoint_bytes": sum(f.stat().st_size for f in model.iterdir()), "bundle_bytes": tree_bytes(bundle),
            "settings": settings, "pool": args.pool, "max_seq_len": args.max_seq_len, "target": args.target, "options": args.options,
            "load_average": os.getloadavg()[1], **cost.as_dict()}

@@ -115,6 +115,11 @@ class DecoderSession:
         """Memory that the graphs hold on a device of their own; 0 on the CPU."""
         return self._decoder.device_bytes + (self._vision.device_bytes if self._vision is not None else 0)
 
+    def release_vision(self) -> None:
+        """Let go of the vision graph, which ONNX Runtime holds in float32; features of the last images are kept, and it is opened again
+        when it is needed."""
+        self._vision = None
+
     def prefill(self, samples: Sequence[ProcessedSample]) -> tuple[np.ndarray, DecodeState]:
         """Run whole prompts (answers, where a sample has one, included).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ MODELS = ("float", "quantized", "onnx")
 STAGE = "validate"
 _CHUNK_TOKENS = 65_536
 """Tokens whose hidden states are held at once."""
+_LOGIT_BYTES = 1 << 29
+"""Logits of answers that are held at once, of all models together."""
 _TAPPED_SAMPLES, _TAPPED_TOKENS, _TAPPED_BYTES = 6, 2048, 1 << 28
 """Prompts whose hidden states are compared with ONNX Runtime's layer by layer, and what all layers' states may take."""
 _WORST = 12
@@ -167,7 +170,7 @@ class _Study:
 
     def run(self) -> None:
         samples = self.prompts.samples
-        chunks = _chunks([s.length for s in samples])
+        chunks = _chunks(samples, self.floating.spec.vocab_size)
         for start, stop in self.progress.track(chunks, "validate: held-out prompts", len(chunks)):
             chunk = samples[start:stop]
             tapped = {i - start for i in self.tapped if start <= i < stop}
@@ -193,6 +196,7 @@ class _Study:
         floating, quantized = self.lockstep.answer_logits(samples, **options)
         middle = time.perf_counter()
         onnx = onnx_side.answer_logits(self.session, samples)
+        self.session.release_vision()  # the tower of the next comparison is PyTorch's
         self.seconds["pytorch"] += middle - start
         self.seconds["onnx"] += time.perf_counter() - middle
         return floating, quantized, onnx
@@ -277,7 +281,7 @@ class _Study:
         pairs, counts = match_pairs(captions)
         scores: dict[str, list[float]] = {m: [] for m in MODELS}
         samples = match_samples(self.processor, pairs)
-        chunks = _chunks([s.length for s in samples], _CHUNK_TOKENS // 4)
+        chunks = _chunks(samples, self.floating.spec.vocab_size, _CHUNK_TOKENS // 4)
         for start, stop in self.progress.track(chunks, "validate: caption retrieval", len(chunks)):
             for model, logits in zip(MODELS, self._all_logits(samples[start:stop]), strict=True):
                 scores[model] += [float(rows[0, ids[0]] - rows[0, ids[1]]) for rows in logits]
@@ -309,15 +313,18 @@ def _first_within(lengths: list[int], budget: int = _TAPPED_TOKENS) -> list[int]
     return chosen
 
 
-def _chunks(lengths: list[int], budget: int = _CHUNK_TOKENS) -> list[tuple[int, int]]:
-    """Ranges of prompts of at most `budget` tokens each (one prompt at least)."""
-    out, start, total = [], 0, 0
-    for i, length in enumerate(lengths):
-        if i > start and total + length > budget:
+def _chunks(samples: Sequence[ProcessedSample], vocab_size: int, budget: int = _CHUNK_TOKENS) -> list[tuple[int, int]]:
+    """Ranges of prompts of at most `budget` tokens each, whose answers' logits fit :data:`_LOGIT_BYTES` (one prompt at least)."""
+    out, start, total, answers = [], 0, 0, 0
+    most = _LOGIT_BYTES // (4 * len(MODELS) * vocab_size)
+    for i, sample in enumerate(samples):
+        rows = int(sample.answer_mask.sum())
+        if i > start and (total + sample.length > budget or answers + rows > most):
             out.append((start, i))
-            start, total = i, 0
-        total += length
-    return [*out, (start, len(lengths))]
+            start, total, answers = i, 0, 0
+        total += sample.length
+        answers += rows
+    return [*out, (start, len(samples))]
 
 
 def _histograms(comparisons: dict[str, LogitComparison]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ecmfq_export.validate.prompts import load_prompts
 from ecmfq_export.validate.report import failures, verdict
 from ecmfq_export.validate.torch_lockstep import Lockstep, batch_rows
 from tests.graph.checkpoints import quantized_checkpoint
-from tests.tiny_models import make_qwen3_vl_moe
+from tests.tiny_models import make_qwen3_vl_moe, random_sample
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +244,14 @@ def test_bytes_of_what_is_shipped(exported, tmp_path):
     engines.mkdir(parents=True)
     (engines / "decoder.engine").write_bytes(b"x" * 77)
     assert artifact_bytes(exported, engines)["engines/rtx/decoder.engine"] == 77
+
+
+def test_chunks_hold_bounded_tokens_and_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ecmfq_export.validate import pipeline
+
+    samples = [random_sample(seed, text=4) for seed in range(10)]  # 4 tokens, two of them an answer's
+    assert [int(s.answer_mask.sum()) for s in samples] == [2] * 10
+    assert pipeline._chunks(samples, 100, 12) == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    monkeypatch.setattr(pipeline, "_LOGIT_BYTES", 4 * 3 * 100 * 5)  # five rows of three models
+    assert pipeline._chunks(samples, 100) == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
+    assert pipeline._chunks(samples, 10**9)[:2] == [(0, 1), (1, 2)], "one prompt at least"
