@@ -122,7 +122,7 @@ async def soak(url: str, pid: int, asks: list, args: argparse.Namespace) -> dict
         "seconds": round(busy - stopped, 1), "seconds_stopped": round(stopped, 1), "requests": sent,
         "clients": args.clients, "queue": args.queue,
         "outcomes": dict(sorted(traffic.tally.outcomes.items())), "answered_429_and_sent_again": traffic.tally.refused,
-        "good_answers_compared": len(seconds),
+        "sent_again_as_their_connection_broke": traffic.tally.reconnected, "good_answers_compared": len(seconds),
         "seconds_to_answer": {"median": round(statistics.median(seconds), 3), "p95": round(seconds[int(0.95 * len(seconds))], 3),
                               "largest": round(seconds[-1], 3)},
         "at_start": before, "at_rest": read_process(pid), "samples": samples[:: max(1, len(samples) // 120)],
