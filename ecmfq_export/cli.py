@@ -126,7 +126,9 @@ def _help_first_rank(args: argparse.Namespace, quant: QuantConfig, resources: Re
     from ecmfq_export.progress import Silent
     from ecmfq_export.workflow import Paths, quantize_model
 
-    if open_model(args.model).quantization is None:
+    model = open_model(args.model)
+    # Rank 0 imports another quantizer's weights alone; 'quantize' rounds them anew, which is shared out.
+    if model.quantization is None and (model.weight_only is None or args.run is _quantize):
         quantized = args.output if args.run is _quantize else Paths(args.output).quantized
         quantize_model(args.model, args.data, quantized, quant, Silent(), resources)
     return 0

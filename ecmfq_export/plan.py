@@ -230,6 +230,7 @@ def _builder(target: Target) -> tuple[Any, str]:
 
 def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Target | None, data: Path | None) -> tuple[Any, str]:
     from ecmfq_export.graph.pipeline import require_plain_inputs, resolve_sizes
+    from ecmfq_export.stages.import_quantized import require_experts, require_importable
     from ecmfq_export.workflow import require_quantizable
 
     sizes = resolve_sizes(model, target, config)
@@ -238,6 +239,7 @@ def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Targ
     if model.quantization is not None:
         return sizes, f"{graphs}; the checkpoint is quantized already"
     if model.weight_only is not None:
+        (require_experts if target is None else require_importable)(model)
         return sizes, f"{graphs}; {model.weight_only.method} weights keep their integers"
     require_quantizable(model, quant, data, exported=True)
     return sizes, f"method {quant.method}, experts w4a8, attention {quant.attention}; {graphs}"

@@ -76,8 +76,7 @@ def main() -> int:
                 raise RuntimeError(f"the server did not start: {line}{log.read_text()}")
             figures = asyncio.run(soak(url[0], process.pid, asks, args))
             figures["crashed"] = process.poll() is not None
-            process.send_signal(signal.SIGTERM)
-            figures["exit_code"] = process.wait(60)
+            figures |= stop(process)
         finally:
             process.kill()
         figures["tracebacks"] = log.read_text().count("Traceback")
@@ -87,6 +86,17 @@ def main() -> int:
         args.output.write_text(text + "\n")
     print(text if len(text) < 8000 else json.dumps({key: value for key, value in figures.items() if key != "samples"}, indent=1))
     return 1 if figures["failures"] else 0
+
+
+def stop(process: subprocess.Popen, seconds: float = 120.0) -> dict[str, float | None]:
+    """Ask the server to stop; its exit code, None where it does not within `seconds`, and how long it took."""
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    return {"exit_code": code, "seconds_to_stop": round(time.monotonic() - start, 1)}
 
 
 async def soak(url: str, pid: int, asks: list, args: argparse.Namespace) -> dict:
