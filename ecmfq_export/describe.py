@@ -115,6 +115,14 @@ def printable(value: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
+def size_text(size: int) -> str:
+    """Bytes with three digits and a unit."""
+    for power, name in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if size >= 1000**power:
+            return f"{size / 1000**power:.3g} {name}" if size < 999.5 * 1000**power else f"{size / 1000**power:.0f} {name}"
+    return f"{size} B"
+
+
 def target_facts() -> list[dict[str, Any]]:
     """Every bundled target as plain data."""
     from ecmfq_export.target import list_targets, load_target

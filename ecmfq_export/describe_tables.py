@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ecmfq_export.bundle_compare import Comparison, difference
-from ecmfq_export.describe import printable, rows
+from ecmfq_export.describe import printable, rows, size_text
 from ecmfq_export.layer_facts import PRECISIONS
 
 RIGHT = "right"
+_NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+"""For tables of many columns: 80 of them are enough."""
+_LEGEND = ("dB: SQNR of the layer's output against floating point; error: the largest of the medians of its groups of weights, squared "
+           "output error over squared output")  # fmt: skip
 
 
 def print_description(facts: dict[str, Any], console: Console) -> None:
@@ -60,14 +65,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     _pairs("settings that differ", comparison.settings, console, empty="every setting is the same")
     _pairs("bytes", comparison.bytes, console, change=True)
     _pairs("report", comparison.evaluation, console, change=True, empty="no figure is in either report")
-    table = Table("layer", "attention", "mlp", title="layers, A / B", title_justify="left")
-    _columns(table, ("bytes A", "bytes B", "SQNR A, dB", "SQNR B, dB", "error A", "error B"))
+    table = Table("layer", "attention", "mlp", title="layers, A / B", title_justify="left", **_NARROW)
+    _columns(table, ("bytes A", "bytes B", "dB A", "dB B", "error A", "error B"))
     for index, a, b in comparison.layers:
         table.add_row(str(index), _both(a, b, "attention"), _both(a, b, "mlp"), *(_total(row) for row in (a, b)),
                       *(shown(row.get("sqnr_db")) for row in (a, b)), *(shown(worst_error(row)) for row in (a, b)))
     console.print(table)
-    console.print("error: the largest of the medians of a layer's groups of weights, squared output error over squared output",
-                  highlight=False, soft_wrap=True)
+    console.print(_LEGEND, highlight=False, soft_wrap=True)
     _engines([first, second], console)
 
 
@@ -91,7 +95,7 @@ def _columns(table: Table, headers: Sequence[str]) -> None:
 
 
 def _total(row: dict[str, Any]) -> str:
-    return f"{sum(row['bytes'].values()):,}" if row else ""
+    return size_text(sum(row["bytes"].values())) if row else ""
 
 
 def _both(a: dict[str, Any], b: dict[str, Any], key: str) -> str:
@@ -103,12 +107,14 @@ def _layers(layers: list[dict[str, Any]], console: Console) -> None:
     if not layers:
         return
     errors = any(row.get("sqnr_db") is not None or row.get("errors") for row in layers)
-    table = Table("layer", "attention", "mlp", title="layers: bytes by precision", title_justify="left")
-    _columns(table, (*PRECISIONS, "all", *(("SQNR, dB", "worst error") if errors else ())))
+    table = Table("layer", "attn", "mlp", title="layers: bytes by precision", title_justify="left", **_NARROW)
+    _columns(table, (*PRECISIONS, "all", *(("dB", "error") if errors else ())))
     for row in layers:
-        table.add_row(str(row["layer"]), row["attention"], row["mlp"], *(f"{row['bytes'][kind]:,}" for kind in PRECISIONS), _total(row),
+        table.add_row(str(row["layer"]), row["attention"], row["mlp"], *(size_text(row["bytes"][kind]) for kind in PRECISIONS), _total(row),
                       *((shown(row.get("sqnr_db")), shown(worst_error(row))) if errors else ()))
     console.print(table)
+    if errors:
+        console.print(_LEGEND, highlight=False, soft_wrap=True)
 
 
 def _engines(bundles: list[dict[str, Any]], console: Console) -> None:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ecmfq_export import bundle, disk_need
 from ecmfq_export.config import ExportConfig, QuantConfig
+from ecmfq_export.describe import size_text
 from ecmfq_export.engine.doctor import Check
 from ecmfq_export.errors import UserError
 from ecmfq_export.plan_estimate import Load, Rates, largest_layer, measure_rates, quantize_loads
@@ -97,7 +99,7 @@ def plan_export(
         spec = model.spec
         size = sum(model.checkpoint.entry(name).num_bytes for name in model.checkpoint.names())
         return model, (f"{spec.family}, {spec.num_layers} layers, {len(model.checkpoint.names())} tensors of the shapes that config.json "
-                       f"implies, {_bytes(size)}")
+                       f"implies, {size_text(size)}")
 
     model = plan.look("config and tensors", opened)
     plan.look("tokenizer and images", lambda: _processor(model_dir))
@@ -151,10 +153,12 @@ def _stages(model: Any, needs: list[disk_need.StageNeed], loads: dict[str, Load]
             read = results.get("quantize", results.get("import", source))
             memory, basis = rates.process + layer, "every weight read, and written as graphs need it"
         elif need.name == "build engines":
-            read, count, basis = results["export graphs"], 0, "by TensorRT; not known before"
+            read, count, basis = results["export graphs"], 0, "by TensorRT, which keeps a copy of the weights; time not known before"
+            memory = rates.process + need.result
         elif need.name == "validate":
             read = source + results.get("quantize", results.get("import", 0)) + results["export graphs"]
             memory, basis = rates.process + 2 * layer + results["export graphs"], "three models over the evaluation's prompts; not counted"
+        read += load.read_again if load is not None else 0
         moved = (read + need.result) / rates.read
         seconds = moved + load.flops / rates.flops if load is not None else moved if need.name in ("export graphs", "import") else None
         rows.append(StagePlan(need.name, _state(need.directory), count, read, need.result, memory, need.scratch, seconds, basis))
@@ -199,7 +203,7 @@ def _writable(output: Path) -> tuple[Path, str]:
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing} cannot be written", "choose another --output")
-    return existing, f"{output} can be written; {_bytes(shutil.disk_usage(existing).free)} are free"
+    return existing, f"{output} can be written; {size_text(shutil.disk_usage(existing).free)} are free"
 
 
 def _library(target: Target) -> tuple[Any, str]:
@@ -226,6 +230,7 @@ def _builder(target: Target) -> tuple[Any, str]:
 
 def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Target | None, data: Path | None) -> tuple[Any, str]:
     from ecmfq_export.graph.pipeline import require_plain_inputs, resolve_sizes
+    from ecmfq_export.stages.import_quantized import require_experts, require_importable
     from ecmfq_export.workflow import require_quantizable
 
     sizes = resolve_sizes(model, target, config)
@@ -234,6 +239,7 @@ def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Targ
     if model.quantization is not None:
         return sizes, f"{graphs}; the checkpoint is quantized already"
     if model.weight_only is not None:
+        (require_experts if target is None else require_importable)(model)
         return sizes, f"{graphs}; {model.weight_only.method} weights keep their integers"
     require_quantizable(model, quant, data, exported=True)
     return sizes, f"method {quant.method}, experts w4a8, attention {quant.attention}; {graphs}"
@@ -242,7 +248,7 @@ def _settings(model: Any, quant: QuantConfig, config: ExportConfig, target: Targ
 def _disk(needs: list[disk_need.StageNeed], output: Path) -> tuple[None, str]:
     disk_need.check_space(needs, output)
     fullest = max(sum(n.result for n in needs[: i + 1]) + needs[i].scratch for i in range(len(needs)))
-    return None, f"{_bytes(fullest)} at the fullest, from an empty directory"
+    return None, f"{size_text(fullest)} at the fullest, from an empty directory"
 
 
 def _device_memory(model: Any, quant: QuantConfig, sizes: Any, target: Target, output: Path) -> tuple[None, str]:
@@ -252,8 +258,8 @@ def _device_memory(model: Any, quant: QuantConfig, sizes: Any, target: Target, o
     engines = next(n for n in disk_need.export_needs(model, quant, target, output, True) if n.name == "build engines").result
     cache = sum(2 * 2 * sizes.max_batch * layer.attention.num_kv_heads * sizes.max_seq_len * cache_head_dim(layer.attention)
                 for layer in model.spec.layers)
-    said = (f"engines {_bytes(engines)}, KV cache {_bytes(cache)}, of {_bytes(target.limits.memory_bytes)} on {target.name}; activations "
-            "on top")
+    said = (f"engines {size_text(engines)}, KV cache {size_text(cache)}, of {size_text(target.limits.memory_bytes)} on {target.name}; "
+            "activations on top")
     if engines + cache > target.limits.memory_bytes:
         raise UserError(said, "use a smaller --max-seq-len or --max-batch, or a target with more memory")
     return None, said
@@ -267,18 +273,19 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(checks)
     if not plan.stages:
         return
-    table = Table(title="plan", title_justify="left")
+    # Narrow enough for 80 columns: what is cut off says nothing.
+    table = Table(title="plan", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for header in ("stage", "state", "layers", "in", "out", "scratch", "memory", "time"):
         table.add_column(header, justify="left" if header in ("stage", "state") else "right", no_wrap=True)
     for row in plan.stages:
-        table.add_row(row.name, row.state, str(row.layers or ""), _bytes(row.bytes_in), _bytes(row.bytes_out),
-                      _bytes(row.scratch) if row.scratch else "", "" if row.memory is None else _bytes(row.memory),
+        table.add_row(row.name, row.state, str(row.layers or ""), size_text(row.bytes_in), size_text(row.bytes_out),
+                      size_text(row.scratch) if row.scratch else "", "" if row.memory is None else size_text(row.memory),
                       "" if row.seconds is None else f">= {_time(row.seconds)}")
     left = [row for row in plan.stages if row.state != "there"]
     known = [row.seconds for row in left if row.seconds is not None]
     table.add_section()
-    table.add_row("all that is to do", "", "", "", _bytes(sum(row.bytes_out for row in left)), "",
-                  _bytes(max((row.memory or 0 for row in left), default=0)), f">= {_time(sum(known))}")
+    table.add_row("all that is to do", "", "", "", size_text(sum(row.bytes_out for row in left)), "",
+                  size_text(max((row.memory or 0 for row in left), default=0)), f">= {_time(sum(known))}")
     console.print(table)
     for row in plan.stages:
         if row.basis:
@@ -286,16 +293,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.rates is not None:
         rates = plan.rates
         console.print(f"Times are the counted work at {rates.flops / 1e9:.0f} GFLOP/s (float32 matrix products, {rates.threads} threads) "
-                      f"and {_bytes(int(rates.read))}/s read, both measured just now: the least that it takes. Searches, rounding and "
+                      f"and {size_text(int(rates.read))}/s read, both measured just now: the least that it takes. Searches, rounding and "
                       "stages without a time come on top.", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Not checked: {UNCHECKED}.", highlight=False, markup=False, soft_wrap=True)
-
-
-def _bytes(size: int) -> str:
-    for power, name in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
-        if size >= 1000**power:
-            return f"{size / 1000**power:.3g} {name}" if size < 999.5 * 1000**power else f"{size / 1000**power:.0f} {name}"
-    return f"{size} B"
 
 
 def _time(seconds: float) -> str:

@@ -13,7 +13,6 @@ from ecmfq_export.disk_need import Prompts
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.quant.gptq import gptq_bytes
-from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES
 from ecmfq_export.stages.methods import resolve
 from ecmfq_export.stages.sensitivity import NUM_SAMPLES
 
@@ -47,6 +46,7 @@ class Load:
 
     Attributes:
         flops: multiplications and additions that are sure to be done.
+        read_again: bytes of the checkpoint beyond one reading.
         memory: bytes at the peak, above what the process needs anyway.
         basis: what was counted, for people.
     """
@@ -54,6 +54,7 @@ class Load:
     flops: float
     memory: int
     basis: str
+    read_again: int = 0
 
 
 def measure_rates(model: MoEVLM) -> Rates:
@@ -125,10 +126,9 @@ def _rounding(model: MoEVLM, config: QuantConfig, forward: float, chosen: float,
     if parts.rounding != "gptq":
         return Load(2 * forward * chosen, 2 * layer + held, "rounding to nearest, and both models' activations where samples are used")
     moments = solves = 0.0
-    hessians = workspace = 0
+    hessians = 0
     sides = 2 if parts.cross_strength else 1
     for spec in model.spec.layers:
-        largest = 0
         for name, shape in layer_shapes(model.spec, spec).items():
             if len(shape) < 2 or "router" in name:
                 continue
@@ -136,10 +136,17 @@ def _rounding(model: MoEVLM, config: QuantConfig, forward: float, chosen: float,
             slots = 1.0 if len(shape) == 2 or not isinstance(spec.mlp, MoESpec) else spec.mlp.top_k + spec.mlp.num_shared_experts
             moments += 2.0 * chosen * slots * columns**2 * sides
             solves += stacked * (columns**3 + 2.0 * rows * columns**2)
-            largest = max(largest, _FLOAT * sides * stacked * columns**2)
-            workspace = max(workspace, min(DEFAULT_MAX_BYTES, stacked * gptq_bytes(rows, columns)))
-        hessians = max(hessians, largest)
-    kinds = len(parts.weightings)
-    flops = kinds * (moments + solves) + (2 + kinds) * forward * chosen
+            # As many experts at a time as the setting allows.
+            work = stacked * (_FLOAT * sides * columns**2 + gptq_bytes(rows, columns))
+            hessians = max(hessians, min(work, int(config.expert_memory_gb * 1e9)) if stacked > 1 else work)
+    kinds, layers = len(parts.weightings), model.spec.num_layers
     basis = f"second moments and GPTQ of every matrix with {kinds} token weighting{'s' if kinds > 1 else ''}, over {chosen:,.0f} tokens"
-    return Load(flops, 2 * layer + hessians + held + workspace, basis + f"; second moments of a layer take {hessians / 1e9:.2f} GB")
+    flops, again = kinds * (moments + solves) + (2 + kinds) * forward * chosen, 0
+    if parts.chooses_weighting:
+        # Each candidate in each layer is judged by what the layers behind it make of the held-out samples.
+        flops += kinds * config.holdout_fraction * chosen * forward * (layers - 1) / 2
+        weights = sum(math.prod(shape) for spec in model.spec.layers for shape in layer_shapes(model.spec, spec).values())
+        stored = model.stored_dtype(f"layers.0.{next(iter(layer_shapes(model.spec, model.spec.layers[0])))}").itemsize
+        again = weights * stored * (layers - 1) // 2
+        basis += f"; to choose among them {layers * (layers - 1) // 2} layers are read again (--set weighting=rho_g_phi takes one)"
+    return Load(flops, 2 * layer + hessians + held, basis + f"; up to {hessians / 1e9:.2f} GB of second moments at a time", again)

@@ -214,7 +214,11 @@ def export(
     # What a later stage would refuse is refused now, not after hours of quantization.
     resolve_sizes(model, target, export_config)
     require_plain_inputs(model)
-    if model.quantization is None and model.weight_only is None:
+    if model.weight_only is not None:
+        from ecmfq_export.stages.import_quantized import require_experts, require_importable
+
+        (require_experts if target is None else require_importable)(model)
+    elif model.quantization is None:
         require_quantizable(model, quant, data, exported=True)
     if evaluation is not None and not evaluation.exists():
         raise UserError(f"no evaluation file at {evaluation}")

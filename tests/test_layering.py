@@ -42,7 +42,7 @@ OWN: dict[str, set[str]] = {
     "integrations": {"errors", "models", "runtime", "engine.ort_runner"},
 }
 EVERYWHERE = {"json_file"}  # files that may be hostile are read in one way
-COMMAND_LINE = {"cli", "workflow", "describe", "disk_need", "plan", "plan_estimate", "layer_facts", "bundle_facts",
+COMMAND_LINE = {"cli", "cli_parser", "workflow", "describe", "disk_need", "plan", "plan_estimate", "layer_facts", "bundle_facts",
                 "bundle_compare", "describe_tables", "target_reference"}  # may import everything
 
 THIRD_PARTY: dict[str, set[str]] = {

@@ -1,12 +1,13 @@
 """The way from a checkpoint to a report where the model is rotated first: everything compares with the original."""
 
+import types
 from pathlib import Path
 
 import pytest
 
 from ecmfq_export import bundle, workflow
 from ecmfq_export.config import ExportConfig, QuantConfig
-from ecmfq_export.errors import BundleError, UnsupportedError, UserError
+from ecmfq_export.errors import BuildError, BundleError, UnsupportedError, UserError
 from ecmfq_export.graph.pipeline import export_onnx
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.rotated import RotatedModel
@@ -91,9 +92,11 @@ def test_what_kernels_do_not_do_is_refused_before_any_work(tied, tmp_path):
 
 def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypatch):
     """Which engine is opened for which graph; ONNX Runtime computes in the engines' place, since this machine has no GPU."""
-    from ecmfq_export.engine import trt_runner
+    from ecmfq_export.engine import device, trt_module, trt_runner
     from ecmfq_export.engine.ort_runner import OrtRunner
+    from ecmfq_export.engine.plugin_library import ABI_VERSION
 
+    monkeypatch.setattr(trt_module, "load_module", lambda engine: types.SimpleNamespace(__version__="1.7.1"))
     target, opened = load_target("rtx"), []
     root = tmp_path / "bundle"
     export_onnx(quantized, root / "onnx", target, ExportConfig(max_seq_len=64), Silent())
@@ -102,9 +105,12 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
     with pytest.raises(BundleError, match=r"no engine at .*rtx/decoder\.engine\n.*build"):
         workflow.open_generator(root, target=target)
     for graphs in ("of another model", bundle.fingerprint(root / "onnx")):
-        with bundle.write_stage(root / "engines" / "rtx", "build", {}, {"onnx": graphs}) as (work, _):
+        with bundle.write_stage(root / "engines" / "rtx", "build", {}, {"onnx": graphs}) as (work, info):
+            info["plugin_abi"] = ABI_VERSION
             for part in ("decoder", "vision"):
                 (work / f"{part}.engine").write_text(part)
+                info[part] = {"runtime": "tensorrt_rtx", "runtime_version": "1.7.1.116", "compute_capabilities": [86, 89, 120],
+                              "plugin_nodes": [], "plugin_library_sha256": "", "sha256": bundle.sha256_file(work / f"{part}.engine")}
         if graphs == "of another model":
             with pytest.raises(BundleError, match="built from other graphs"):
                 workflow.open_generator(root, target=target)
@@ -117,6 +123,9 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
             super().__init__(root / "onnx" / path.stem / "model.ref.onnx")
 
     monkeypatch.setattr(trt_runner, "TrtRunner", InPlace)
+    with pytest.raises(BuildError, match="needs a GPU of compute capability"):
+        workflow.open_generator(root, target=target)
+    monkeypatch.setattr(device, "current_device", lambda: device.Device("L4", 89, 58, 24 << 30, "13.0"))
     generator = workflow.open_generator(root, target=target)
     assert generator.generate(prompt, max_new_tokens=4) == plain
     assert opened == [("decoder", "rtx")] and generator.session.device_bytes == 5

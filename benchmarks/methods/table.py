@@ -5,7 +5,7 @@
 Average retention is the mean of two ratios to the same floating-point model: VQA accuracy, and mean recall by embedding, the mean of
 R@1, R@5 and R@10 both ways. P(yes) has a column of its own and no part in it: in floating point these models are near chance there.
 All of it was fixed before the first run on the test split. With ``--markdown`` the tables replace what stands between the page's lines
-``<!-- tables SETTINGS -->`` and ``<!-- end of tables -->``.
+``<!-- tables SETTINGS -->`` (``<!-- tables -->`` without) and ``<!-- end of tables -->``.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def replace_tables(path: Path, settings: str, text: str) -> None:
         SystemExit: the page lacks the marks.
     """
     page_text = path.read_text(encoding="utf-8")
-    start, end = f"<!-- tables {settings} -->", "<!-- end of tables -->"
+    start, end = f"<!-- tables {settings} -->".replace("  ", " "), "<!-- end of tables -->"
     first = page_text.find(start)
     last = page_text.find(end, first)
     if first < 0 or last < 0:

@@ -76,17 +76,27 @@ def main() -> int:
                 raise RuntimeError(f"the server did not start: {line}{log.read_text()}")
             figures = asyncio.run(soak(url[0], process.pid, asks, args))
             figures["crashed"] = process.poll() is not None
-            process.send_signal(signal.SIGTERM)
-            figures["exit_code"] = process.wait(60)
+            figures |= stop(process)
         finally:
             process.kill()
-        figures["tracebacks"] = log.read_text().count("Traceback")
+        figures["errors_in_log"] = [line for line in log.read_text().splitlines() if " ERROR " in line or "Traceback" in line][:20]
     figures["failures"] += verdict(figures)
     text = json.dumps(figures, indent=1)
     if args.output:
         args.output.write_text(text + "\n")
     print(text if len(text) < 8000 else json.dumps({key: value for key, value in figures.items() if key != "samples"}, indent=1))
     return 1 if figures["failures"] else 0
+
+
+def stop(process: subprocess.Popen, seconds: float = 120.0) -> dict[str, float | None]:
+    """Ask the server to stop; its exit code, None where it does not within `seconds`, and how long it took."""
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    return {"exit_code": code, "seconds_to_stop": round(time.monotonic() - start, 1)}
 
 
 async def soak(url: str, pid: int, asks: list, args: argparse.Namespace) -> dict:
@@ -112,7 +122,7 @@ async def soak(url: str, pid: int, asks: list, args: argparse.Namespace) -> dict
         "seconds": round(busy - stopped, 1), "seconds_stopped": round(stopped, 1), "requests": sent,
         "clients": args.clients, "queue": args.queue,
         "outcomes": dict(sorted(traffic.tally.outcomes.items())), "answered_429_and_sent_again": traffic.tally.refused,
-        "good_answers_compared": len(seconds),
+        "sent_again_as_their_connection_broke": traffic.tally.reconnected, "good_answers_compared": len(seconds),
         "seconds_to_answer": {"median": round(statistics.median(seconds), 3), "p95": round(seconds[int(0.95 * len(seconds))], 3),
                               "largest": round(seconds[-1], 3)},
         "at_start": before, "at_rest": read_process(pid), "samples": samples[:: max(1, len(samples) // 120)],
@@ -134,8 +144,8 @@ def verdict(figures: dict) -> list[str]:
     for what, spare in (("threads", 1), ("files", 0)):  # the thread that prepares requests starts with the first of them
         if figures["at_rest"][what] > figures["at_start"][what] + spare:
             wrong.append(f"{what}: {figures['at_start'][what]} at the start, {figures['at_rest'][what]} at rest")
-    if figures["crashed"] or figures["exit_code"] != 0 or figures["tracebacks"]:
-        wrong.append(f"crashed: {figures['crashed']}, exit code {figures['exit_code']}, tracebacks in the log: {figures['tracebacks']}")
+    if figures["crashed"] or figures["exit_code"] != 0 or figures["errors_in_log"]:
+        wrong.append(f"crashed: {figures['crashed']}, exit code {figures['exit_code']}, log: {figures['errors_in_log']}")
     if not figures["answered_429_and_sent_again"]:
         wrong.append("the queue was never full")
     return wrong

@@ -86,12 +86,15 @@ class Tally:
     Attributes:
         outcomes: requests by what they were and how they ended, e.g. ``good``, ``bad json 400``.
         refused: answers 429; the requests behind them were sent again.
+        reconnected: requests that were sent again, once, because their connection broke: what OpenAI's client does by default. It
+            happens to a process that was stopped for longer than idle connections live.
         wrong: what must not happen, in words.
         seconds: of each good request, from its first try to its answer.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     refused: int = 0
+    reconnected: int = 0
     wrong: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -133,7 +136,7 @@ class Traffic:
             kinds = list(self._broken)
             await self._send_broken(kinds[number // 20 % len(kinds)], number, until)
             return
-        ask, start = self._asks[number % len(self._asks)], time.monotonic()
+        ask, start, broken = self._asks[number % len(self._asks)], time.monotonic(), False
         while True:
             try:
                 text = await self._ask(ask, stream=number % 2 == 0)
@@ -146,6 +149,10 @@ class Traffic:
                     self.tally.wrong.append(f"request {number}: {error}")
                 return
             except APIConnectionError as error:
+                if not broken:
+                    self.tally.reconnected += 1
+                    broken = True
+                    continue
                 self.tally.wrong.append(f"request {number}: {error!r} from {error.__cause__!r}")
                 return
             self.tally.seconds.append(time.monotonic() - start)

@@ -56,7 +56,7 @@ FACTS: Mapping[str, FamilyFacts] = {
     "qwen3_vl_moe": FamilyFacts(
         "Qwen3-VL-MoE", ("Qwen3-VL-30B-A3B", "Qwen3-VL-235B-A22B"),
         "grouped-query, norms of queries and keys; interleaved MRoPE", "softmax, renormalized", _QWEN_VISION,
-        (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE + "; also on the trained example"), (_VIDEO, _ROPE, _SLIDING), "Qwen3-VL-235B-A22B",
+        (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE + "; also on the trained example"), (_VIDEO, _ROPE, _SLIDING), "Qwen3-VL-235B-A22B-Instruct",
         note="experts whose transposed form cannot be told by shape are refused",
     ),
     "qwen3_omni_moe": FamilyFacts(

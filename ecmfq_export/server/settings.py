@@ -102,7 +102,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket bound to the settings' address; it does not listen yet.
+    """A listening socket at the settings' address; connections wait in it until the server runs.
 
     Raises:
         UserError: the address cannot be had, or other machines could reach it without a key.

@@ -21,7 +21,7 @@ from ecmfq_export.models.quantized_format import QuantizedWriter
 from ecmfq_export.models.spec import DecoderLayerSpec, MoESpec
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant.integer_scales import to_integer_scales
-from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.qtensor import GROUP, QTensor
 from ecmfq_export.quant.rtn import quantize_rtn
 from ecmfq_export.quant.weight_only import WeightOnly
 from ecmfq_export.stages.recipes import attention_bits
@@ -58,7 +58,7 @@ def import_quantized(model_dir: Path, out_dir: Path, config: QuantConfig, progre
     if model.weight_only is None:
         raise UnsupportedError(f"{model_dir} holds no weight-only int4 weights",
                                "import takes GPTQ, AWQ and W4A16 compressed-tensors checkpoints")
-    require_experts(model)
+    require_importable(model)
     settings = {"attention": config.attention, "source": dataclasses.asdict(model.weight_only)}
     inputs = {"model": bundle.fingerprint(model_dir)}
     if bundle.is_current(out_dir, STAGE, settings, inputs):
@@ -85,6 +85,24 @@ def import_quantized(model_dir: Path, out_dir: Path, config: QuantConfig, progre
     progress.note(f"{info['exact_weights']} of {info['weights']} weights carried over exactly, largest relative change "
                   f"{info['largest_error']:.2g}; activations: {info['activations']}")
     return out_dir
+
+
+def require_importable(model: MoEVLM) -> None:
+    """Refuse what headers and config.json tell already, before any work; zero points and orders of columns are in the tensors.
+
+    Raises:
+        UnsupportedError: naming a weight.
+    """
+    require_experts(model)
+    size = model.weight_only.group_size
+    for index in model.spec.moe_layers:
+        columns = {name: model.shape(name)[-1] for name in (f"layers.{index}.{GATE_UP}", f"layers.{index}.{DOWN}")}
+        if size == -1 or size >= max(columns.values()):
+            continue
+        for name, width in columns.items():
+            if size % GROUP or width % GROUP:
+                what = f"'{name}' has groups of {min(size, width)} among {width} columns, and integer kernels take groups of {GROUP}"
+                raise UnsupportedError(what, _WAY_OUT)
 
 
 def require_experts(model: MoEVLM) -> None:

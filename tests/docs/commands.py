@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ecmfq_export.cli import _parser
+from ecmfq_export.cli_parser import build_parser
 
 _BLOCK = re.compile(r"^(?:\*(?P<mark>[^*\n]+)\*\n\n)?```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,4 +37,4 @@ def blocks(page: Path) -> list[Block]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """What the command line makes of arguments; SystemExit where it refuses them."""
-    return _parser().parse_args(arguments)
+    return build_parser().parse_args(arguments)

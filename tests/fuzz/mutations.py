@@ -46,7 +46,8 @@ def _parent(tree: Any, path: tuple[Any, ...]) -> Any:
 def _change_value(draw: random.Random, value: Any) -> Any:
     kind = draw.randrange(4)
     if type(value) is int and kind:
-        return draw.choice([value + 1, value - 1, -value, value * 2, value << 32, value << 61, float(value), str(value), value + 2**64])
+        return draw.choice([value + 1, value - 1, -value, value * 2, value << 32, value << 61, value * 0.5 if abs(value) < 2**63 else 0.5,
+                            str(value), value + 2**64])
     if type(value) is str and kind:
         return draw.choice([value[:-1], value + "x", value.upper(), value[::-1], "../" + value, "/" + value, value + "\0", value + "/",
                             value + "/..", [value], value.encode().hex()])

@@ -131,7 +131,7 @@ def test_attention_recipes(fixtures: dict[str, Fixture], tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("name", "message"), [
     ("gptq_act_order", "'layers.0.mlp.experts.gate_up_proj' has columns in activation order"),
-    ("gptq_v2_zero_points", "'layers.0.mlp.experts.gate_up_proj' has zero points"),
+    ("gptq_v2_zero_points", "'layers.0.mlp.experts.gate_up_proj' has groups of 32"),
     ("llmcompressor_w4a16_asym", "'layers.0.mlp.experts.gate_up_proj' has zero points"),
     ("awq_zero_points", "'layers.0.mlp.experts.gate_up_proj' has zero points"),
 ])  # fmt: skip
@@ -139,6 +139,22 @@ def test_what_kernels_cannot_hold_is_refused_by_name(fixtures: dict[str, Fixture
     with pytest.raises(UnsupportedError, match=message) as refusal:
         workflow.export(fixtures[name].path, None, tmp_path / "bundle", load_target("rtx"), QuantConfig(), ExportConfig(), Silent())
     assert "ecmfq-export quantize" in refusal.value.fix
+
+
+def test_what_headers_tell_is_refused_in_a_dry_run(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    from ecmfq_export.plan import plan_export
+
+    def refusals(name: str, target: str | None) -> list[str]:
+        plan = plan_export(fixtures[name].path, None, tmp_path / "out", load_target(target) if target else None, QuantConfig(),
+                           ExportConfig(), build=False)  # fmt: skip
+        return [check.detail for check in plan.failed]
+
+    assert refusals("gptq_groups", "rtx") == [] and refusals("gptq_v2_zero_points", None) == []
+    assert ["groups of 32 among 256 columns" in text for text in refusals("gptq_v2_zero_points", "rtx")] == [True]
+    path = change(fixtures["gptq_v2_zero_points"].path, tmp_path / "copy", lambda tensors: None)
+    with pytest.raises(UnsupportedError, match="groups of 32 among 256 columns, and integer kernels take groups of 128"):
+        workflow.export(path, None, tmp_path / "bundle", load_target("rtx"), QuantConfig(), ExportConfig(), Silent())
+    assert not (tmp_path / "bundle").exists() and not (tmp_path / "out").exists()
 
 
 def test_the_way_out_rounds_dequantized_weights_anew(fixtures: dict[str, Fixture], tmp_path: Path) -> None:

@@ -37,6 +37,6 @@ def test_many_at_once(generator, count):
             time.sleep(0.01)
         assert server.chat.worker.occupied == 0 and server.chat.worker.state == "ok"
         assert _open_files() <= files and threading.active_count() <= threads + 1  # the thread that prepares requests starts late
-    assert tally.wrong == []
+    assert tally.wrong == [] and tally.reconnected <= 4
     assert tally.outcomes["good"] == count - count // 20 and sum(tally.outcomes.values()) == count
     assert tally.refused > 0, "the queue was never full: the test shows nothing"
