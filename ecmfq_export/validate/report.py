@@ -26,6 +26,8 @@ class Thresholds:
 
     Attributes:
         onnx_top1: least fraction of decisive positions where ONNX Runtime and the quantized PyTorch model pick the same token.
+        made_up_top1: the same where answers are made up. A model is unsure of sentences that it would not say, and one int8 step that
+            is rounded the other way moves an expert and with it a whole answer: there the median KL is judged, not the mean.
         onnx_kl: largest mean KL between the two, and between the graph's prefill and its decode steps, nats. All of them compute
             the same integers wherever their inputs are equal; what remains is rounding of activations, which moves an int8 value
             by one step here and there.
@@ -37,6 +39,7 @@ class Thresholds:
     """
 
     onnx_top1: float = 0.99
+    made_up_top1: float = 0.95
     onnx_kl: float = 0.01
     quantized_kl: float = 0.10
     retention: float = 0.97
@@ -62,13 +65,15 @@ def judge(report: dict[str, Any], thresholds: Thresholds) -> list[dict[str, Any]
     """The checks that a report's figures allow, as data; see :class:`Thresholds`."""
     onnx, quantized = report["logits"]["quantized_vs_onnx"], report["logits"]["float_vs_quantized"]
     decode = report["logits"]["prefill_vs_decode"]
+    held_out = bool(report["accuracy"])
+    prefix, kl = ("", "kl_mean") if held_out else ("median ", "kl_median")
     checks = [
-        _at_least("ONNX Runtime picks PyTorch's token", onnx["top1_decisive"], thresholds.onnx_top1,
+        _at_least("ONNX Runtime picks PyTorch's token", onnx["top1_decisive"], thresholds.onnx_top1 if held_out else thresholds.made_up_top1,
                   f"{onnx['decisive_disagreements']} of {onnx['decisive_positions']} decisive positions differ"),
-        _at_most("KL, quantized PyTorch to ONNX Runtime", onnx["kl_mean"], thresholds.onnx_kl, f"largest {onnx['kl_max']:.2g}"),
-        _at_most("KL, ONNX Runtime's prefill to its decode steps", decode["kl_mean"], thresholds.onnx_kl,
+        _at_most(f"{prefix}KL, quantized PyTorch to ONNX Runtime", onnx[kl], thresholds.onnx_kl, f"largest {onnx['kl_max']:.2g}"),
+        _at_most(f"{prefix}KL, ONNX Runtime's prefill to its decode steps", decode[kl], thresholds.onnx_kl,
                  f"{decode['positions']} positions, through the cache"),
-        _at_most("KL, floating point to quantized", quantized["kl_mean"], thresholds.quantized_kl,
+        _at_most(f"{prefix}KL, floating point to quantized", quantized[kl], thresholds.quantized_kl,
                  f"95% of positions below {quantized['kl_p95']:.2g}"),
     ]  # fmt: skip
     w4a8 = report["bytes"]["layers"].get("w4a8")

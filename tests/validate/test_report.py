@@ -82,6 +82,25 @@ def test_without_questions():
     print_report(report, Console(file=io.StringIO()))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "passes"),
+    [
+        ("quantized_vs_onnx", {"kl_mean": 0.05, "top1_decisive": 0.97}, True),  # a few positions of a chaotic answer
+        ("quantized_vs_onnx", {"kl_median": 0.05}, False),
+        ("quantized_vs_onnx", {"top1_decisive": 0.9}, False),
+        ("float_vs_quantized", {"kl_mean": 0.3}, True),
+        ("float_vs_quantized", {"kl_median": 0.3}, False),
+        ("prefill_vs_decode", {"kl_median": 0.05}, False),
+    ],
+)
+def test_made_up_answers_are_judged_by_medians(name, change, passes):
+    none = dict.fromkeys(("accuracy", "retention", "paired", "same_answers", "retrieval", "engines")) | {"items": []}
+    logits = example_report()["logits"]
+    report = example_report(**none, logits={**logits, name: {**logits[name], **change}})
+    assert verdict(report) is passes
+    assert [c["name"].startswith("median KL") for c in report["checks"]] == [False, True, True, True, False]
+
+
 def test_a_float_checkpoint_has_no_quantized_layers():
     sizes = {**example_report()["bytes"], "layers": {}}
     report = example_report(bytes=sizes)
