@@ -7,7 +7,7 @@ are not finite stand as null, a SQNR of null being that of equal tensors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +25,8 @@ class Thresholds:
     """What a model has to hold to pass.
 
     Attributes:
-        onnx_top1: least fraction of decisive positions where ONNX Runtime and the quantized PyTorch model pick the same token.
+        onnx_top1: least fraction of decisive positions where ONNX Runtime and the quantized PyTorch model pick the same token; one
+            position may differ however few there are.
         made_up_top1: the same where answers are made up. A model is unsure of sentences that it would not say, and one int8 step that
             is rounded the other way moves an expert and with it a whole answer: there the median KL is judged, not the mean.
         onnx_kl: largest mean KL between the two, and between the graph's prefill and its decode steps, nats. All of them compute
@@ -68,8 +69,7 @@ def judge(report: dict[str, Any], thresholds: Thresholds) -> list[dict[str, Any]
     held_out = bool(report["accuracy"])
     prefix, kl, top1 = ("", "kl_mean", thresholds.onnx_top1) if held_out else ("median ", "kl_median", thresholds.made_up_top1)
     checks = [
-        _at_least("ONNX Runtime picks PyTorch's token", onnx["top1_decisive"], top1,
-                  f"{onnx['decisive_disagreements']} of {onnx['decisive_positions']} decisive positions differ"),
+        _same_tokens(onnx, top1),
         _at_most(f"{prefix}KL, quantized PyTorch to ONNX Runtime", onnx[kl], thresholds.onnx_kl, f"largest {onnx['kl_max']:.2g}"),
         _at_most(f"{prefix}KL, ONNX Runtime's prefill to its decode steps", decode[kl], thresholds.onnx_kl,
                  f"{decode['positions']} positions, through the cache"),
@@ -222,6 +222,14 @@ def finite(data: Any) -> Any:
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data
+
+
+def _same_tokens(onnx: dict[str, Any], limit: float) -> Check:
+    differ, positions = onnx["decisive_disagreements"], onnx["decisive_positions"]
+    detail = f"{differ} of {positions} decisive positions differ"
+    check = _at_least("ONNX Runtime picks PyTorch's token", onnx["top1_decisive"], limit, detail)
+    # A single step of int8 rounded the other way says nothing of a graph, but is more than a hundredth of few positions.
+    return replace(check, passed=True, detail=detail + ", one may") if differ == 1 and not check.passed else check
 
 
 def _at_least(name: str, value: float, limit: float, detail: str) -> Check:

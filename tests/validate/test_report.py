@@ -101,6 +101,13 @@ def test_made_up_answers_are_judged_by_medians(name, change, passes):
     assert [c["name"].startswith("median KL") for c in report["checks"]] == [False, True, True, True, False]
 
 
+@pytest.mark.parametrize(("differ", "passes"), [(1, True), (2, False)])
+def test_one_of_few_positions_may_differ(differ, passes):
+    logits = example_report()["logits"]
+    few = {"decisive_positions": 21, "decisive_disagreements": differ, "top1_decisive": 1 - differ / 21}
+    assert verdict(example_report(logits={**logits, "quantized_vs_onnx": {**logits["quantized_vs_onnx"], **few}})) is passes
+
+
 def test_a_float_checkpoint_has_no_quantized_layers():
     sizes = {**example_report()["bytes"], "layers": {}}
     report = example_report(bytes=sizes)
