@@ -128,8 +128,8 @@ def _help_first_rank(args: argparse.Namespace, quant: QuantConfig, resources: Re
 
     model = open_model(args.model)
     # Rank 0 imports another quantizer's weights alone; 'quantize' rounds them anew, which is shared out.
-    if model.quantization is None and (model.weight_only is None or args.run is _quantize):
-        quantized = args.output if args.run is _quantize else Paths(args.output).quantized
+    if model.quantization is None and (model.weight_only is None or args.command == "quantize"):
+        quantized = args.output if args.command == "quantize" else Paths(args.output).quantized
         quantize_model(args.model, args.data, quantized, quant, Silent(), resources)
     return 0
 

@@ -86,7 +86,7 @@ def fold_layer(layer: DecoderLayer, scales: LayerScales, consume: bool = False) 
             if name in tensors:
                 divide_rows(name, _by_row(scale, group.rows, len(tensors[name])))
         for name in group.weights:
-            multiply_columns(name, scale if group.tie is None else scale[group.tie])
+            multiply_columns(name, scale if group.tie is None else scale[group.tie.to(scale.device)])
     readers = ("mlp.router.weight", "mlp.experts.gate_up_proj") if isinstance(mlp, MoESpec) else (
         "mlp.gate_proj.weight", "mlp.up_proj.weight")
     if scales.moe_input is not None:

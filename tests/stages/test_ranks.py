@@ -185,7 +185,6 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         join_ranks("cpu")
 
 
-@pytest.mark.slow
 def test_torchrun(tiny, pool, tmp_path) -> None:
     """The command line itself under torchrun."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}

@@ -126,7 +126,7 @@ def test_ten_random_kills_of_a_whole_export(model: Path, pool: Path, tmp_path: P
     from ecmfq_export.target import load_target
 
     def export(out: Path) -> None:
-        workflow.export(model, pool, out, load_target("rtx"), QUICK, ExportConfig(max_seq_len=128), Silent(), build=False)
+        workflow.export(model, pool, out, load_target("rtx"), QUICK, ExportConfig(max_seq_len=192), Silent(), build=False)
 
     def outcome(out: Path) -> dict[str, object]:
         stages = {path.parent.relative_to(out).as_posix(): file_hashes(path.parent) for path in sorted(out.rglob("manifest.json"))}
