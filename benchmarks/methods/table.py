@@ -5,7 +5,7 @@
 Average retention is the mean of two ratios to the same floating-point model: VQA accuracy, and mean recall by embedding, the mean of
 R@1, R@5 and R@10 both ways. P(yes) has a column of its own and no part in it: in floating point these models are near chance there.
 All of it was fixed before the first run on the test split. With ``--markdown`` the tables replace what stands between the page's lines
-``<!-- tables SETTINGS -->`` (``<!-- tables -->`` without) and ``<!-- end of tables -->``.
+``<!-- tables: MARK -->`` and ``<!-- end of tables -->``.
 """
 
 from __future__ import annotations
@@ -166,17 +166,18 @@ def main() -> None:
     parser.add_argument("--settings", default="", help="as in the rows' file names, e.g. attention-w4a8")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--markdown", type=Path, help="a page whose tables are replaced, see above")
+    parser.add_argument("--mark", default="methods", help="which of the page's tables")
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
     args = parser.parse_args()
     rows = load_rows(args.rows / args.split, args.settings)
-    result = {"split": args.split, "settings": args.settings, "columns": args.columns, **tabulate(rows)}
+    result = {"split": args.split, "settings": args.settings, "mark": args.mark, "columns": args.columns, **tabulate(rows)}
     text = page(result, args.columns)
     print(text)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.markdown:
-        replace_tables(args.markdown, args.settings, text)
+        replace_tables(args.markdown, args.mark, text)
 
 
 def tabulate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,14 +217,14 @@ def page(result: dict[str, Any], columns: Iterable[str]) -> str:
     return "\n".join(parts)
 
 
-def replace_tables(path: Path, settings: str, text: str) -> None:
+def replace_tables(path: Path, mark: str, text: str) -> None:
     """Put `text` between a page's two marks.
 
     Raises:
         SystemExit: the page lacks the marks.
     """
     page_text = path.read_text(encoding="utf-8")
-    start, end = f"<!-- tables {settings} -->".replace("  ", " "), "<!-- end of tables -->"
+    start, end = f"<!-- tables: {mark} -->", "<!-- end of tables -->"
     first = page_text.find(start)
     last = page_text.find(end, first)
     if first < 0 or last < 0:

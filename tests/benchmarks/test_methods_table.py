@@ -79,10 +79,10 @@ def test_best_baselines_are_named_and_ours_is_none_of_them(table) -> None:
 
 def test_the_page_shows_the_committed_figures(table) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- tables (\S*) ?-->\n(.*?)<!-- end of tables -->", page, re.DOTALL)
+    blocks = re.findall(r"<!-- tables: (\S+) -->\n(.*?)<!-- end of tables -->", page, re.DOTALL)
     files = list(dict.fromkeys(re.findall(r"results/([\w.-]+-methods-[\w.-]+?\.json)", page)))
     assert blocks and len(files) == len(blocks)
-    for (settings, text), name in zip(blocks, files, strict=True):
+    for (mark, text), name in zip(blocks, files, strict=True):
         result = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-        assert result["settings"] == settings
+        assert result["mark"] == mark
         assert table.page(result, result["columns"]).strip() == text.strip()
