@@ -9,7 +9,7 @@ echo "installing ecmfq_export with its tests' needs and compiling its plugin lib
 
 # The aarch64 library's tests need Debian's cross compiler and emulator; where they cannot be installed, those tests skip and say so.
 if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y g++-aarch64-linux-gnu qemu-user; } \
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y g++-aarch64-linux-gnu qemu-user file; } \
         > /dev/null || echo "g++-aarch64-linux-gnu and qemu-user cannot be installed: tests of the aarch64 library will skip"
 fi
 

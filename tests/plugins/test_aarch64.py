@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -72,6 +73,21 @@ def test_binutils_say_the_same(cross: PluginLibrary) -> None:
     assert "AArch64" in text and "DYN (Shared object file)" in text and ".nv_fatbin" in text
     needed = [line.split("[")[1].rstrip("]") for line in text.splitlines() if "(NEEDED)" in line]
     assert set(needed) <= {"libc.so.6", "ld-linux-aarch64.so.1", "libm.so.6"}
+
+
+def test_file_names_the_architecture(cross: PluginLibrary) -> None:
+    if shutil.which("file") is None:
+        pytest.skip("no file(1) on this machine")
+    [line] = _lines("file", "--brief", cross.path)
+    assert "ELF 64-bit LSB shared object, ARM aarch64" in line
+
+
+def test_cuobjdump_lists_the_same_kernels(cross: PluginLibrary) -> None:
+    """CUDA's own reader, where the toolkit is: one set of machine code for each compute capability."""
+    if shutil.which("cuobjdump") is None:
+        pytest.skip("no cuobjdump on this machine")
+    found = {int(sm) for line in _lines("cuobjdump", "--list-elf", cross.path) for sm in re.findall(r"\bsm_(\d+)", line)}
+    assert tuple(sorted(found)) == cross.compute_capabilities
 
 
 def test_host_side_answers_as_on_this_machine(cross: PluginLibrary, probe: Path, own_probe: Path) -> None:
