@@ -31,9 +31,9 @@ MASKED = -30000.0
 TORCH_DTYPES = {ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 
 
-
 class HostedTower(nn.Module):
-    """A vision tower whose data-dependent inputs come from the host; subclasses say how it is put together.
+    """A vision tower whose data-dependent inputs come from the host; subclasses say how it is put together, and where its parts have
+    other names than most towers'.
 
     Attributes:
         PARTS: dotted names of the submodules that tell this kind of tower.
@@ -49,12 +49,12 @@ class HostedTower(nn.Module):
     @property
     def rotary(self) -> nn.Module:
         """What turns positions into angles."""
-        raise NotImplementedError
+        return self.tower.rotary_pos_emb
 
     @staticmethod
     def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values [patches, heads * head_dim]."""
-        raise NotImplementedError
+        return attn.qkv(x).chunk(3, dim=-1)
 
     def encode(
         self, blocks: Iterable[nn.Module], hidden: torch.Tensor, rope_positions: torch.Tensor, segment_ids: torch.Tensor
@@ -82,14 +82,6 @@ class HostedQwenTower(HostedTower):
 
     PARTS = ("patch_embed", "pos_embed", "rotary_pos_emb", "blocks", "merger", "deepstack_merger_list", "deepstack_visual_indexes")
 
-    @property
-    def rotary(self) -> nn.Module:
-        return self.tower.rotary_pos_emb
-
-    @staticmethod
-    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return attn.qkv(x).chunk(3, dim=-1)
-
     def forward(
         self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, rope_positions: torch.Tensor,
         segment_ids: torch.Tensor,
@@ -111,14 +103,6 @@ class HostedGlmTower(HostedTower):
 
     PARTS = ("patch_embed", "post_conv_layernorm", "embeddings.position_embedding", "rotary_pos_emb", "blocks", "post_layernorm",
              "downsample", "merger")  # fmt: skip
-
-    @property
-    def rotary(self) -> nn.Module:
-        return self.tower.rotary_pos_emb
-
-    @staticmethod
-    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return attn.qkv(x).chunk(3, dim=-1)
 
     def forward(
         self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, rope_positions: torch.Tensor,

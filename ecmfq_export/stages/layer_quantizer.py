@@ -97,7 +97,8 @@ class LayerQuantizer:
 
         quantized, errors["gate_up"] = round_gate_up(layer, gate_up, batches, settings)
         layer = mlp_view.with_quantized(layer, mlp_view.named_gate_up(layer, quantized))
-        spread = self._spread(torch.cat([batch.x for batch in batches()])) if shrinks else None
+        inputs = (x for _, _, x, _ in self._moe_inputs(attended, self._middle_name(weighting)))
+        spread = self._spread(torch.cat(list(inputs))) if shrinks else None
         quantized, errors["down"] = round_down(layer, self._layer, down, batches, spread, settings)
         return mlp_view.with_quantized(layer, mlp_view.named_down(layer, quantized))
 

@@ -202,21 +202,22 @@ class _Run:
         # integers are in memory, with the layers that the judge reads.
         quantizer.drop_weights()
         del folded
-        for weighting, candidate in candidates.items() if judged else ():
-            quantizer.outputs(candidate, weighting, "heldout", f"out.{weighting}")
-            candidate.drop_integers()
+        for weighting in candidates if judged else ():
+            quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
+            candidates[weighting].drop_integers()
         kl: dict[Weighting, float] = {}
         best = wanted[0]
         if judged:
             found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
             kl = {weighting: float(found[f"out.{weighting}"].mean()) for weighting in wanted}
             best = clearly_best({weighting: found[f"out.{weighting}"] for weighting in wanted})
-        layer = candidates.pop(best)
-        candidates.clear()
         if len(wanted) > 1:
-            # Read once more: it was not in memory beside the layers that the judge read.
+            # Read once more, with no candidate left: it was not in memory beside the layers that the judge read.
+            candidates.clear()
             layer = quantizer.refit(best, self._folded(index))
             quantizer.drop_weights()
+        else:
+            layer = candidates.pop(best)
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
             for batch in stream.batches:
