@@ -80,7 +80,7 @@ def _use_compiler() -> None:
 def _kept_library(config_settings: Any) -> Path:
     """Where the library of these sources, settings and this compiler is kept."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in Path("plugins").rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+    for path in sorted(path for path in Path("plugins").rglob("*") if path.is_file() and not {"__pycache__", "host"} & set(path.parts)):
         digest.update(f"{path}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     version = subprocess.run([os.environ["CUDACXX"], "--version"], capture_output=True, text=True, check=True).stdout

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -21,27 +20,28 @@ from measure import Meter  # noqa: E402
 from problem import Layer, make_layer  # noqa: E402
 
 from ecmfq_export.config import QuantConfig  # noqa: E402
-from ecmfq_export.quant import gptq  # noqa: E402
+from ecmfq_export.quant import gptq_host  # noqa: E402
 from ecmfq_export.quant.expert_memory import plan_experts  # noqa: E402
 from ecmfq_export.quant.faq import FaqSettings, quantize_faq  # noqa: E402
 from ecmfq_export.quant.hessian import WeightedHessian  # noqa: E402
+from ecmfq_export.quant.host_kernels import HostKernels  # noqa: E402
 from ecmfq_export.quant.qtensor import QTensor, cat_experts  # noqa: E402
 from ecmfq_export.quant.rounding import relative_error  # noqa: E402
 
-PARTS = {"_permute": "layout", "_to_columns": "layout", "_to_rows": "layout", "upper_cholesky": "factorization",
-         "choose_scale": "scales", "_walk": "columns", "_keep_better_rows": "better of both",
-         "_missed_by_nearest": "better of both", "solve_symmetric": "cross term"}
+PARTS = [(HostKernels, "blend_in_order", "layout"), (HostKernels, "to_columns", "layout"), (HostKernels, "to_rows", "layout"),
+         (gptq_host, "_damped_factor", "factorization"), (gptq_host, "choose_scale", "scales"), (gptq_host, "_walk", "columns"),
+         (gptq_host, "_first_of_nearest", "better of both"), (gptq_host, "_keep_better_rows", "better of both"), (gptq_host, "solve_symmetric", "cross term")]
 
 
 class CoreSeconds:
     """Core seconds by part of the rounding, summed over threads; a part within a part counts as itself."""
 
-    def __init__(self, module: ModuleType, parts: dict[str, str]) -> None:
+    def __init__(self, parts: list[tuple[object, str, str]]) -> None:
         self.seconds: dict[str, float] = {}
         self._inner = threading.local()
         self._lock = threading.Lock()
-        for name, part in parts.items():
-            setattr(module, name, self._timed(getattr(module, name), part))
+        for owner, name, part in parts:
+            setattr(owner, name, self._timed(getattr(owner, name), part))
 
     def _timed(self, function: Callable, part: str) -> Callable:
         @functools.wraps(function)
@@ -106,7 +106,7 @@ def main() -> None:
     plans: dict[str, int] = {}
     round_weight("", warm.down, warm.inner, None, warm, args.cross, int(args.memory * 1e9), Meter(), plans)
     del warm
-    parts = CoreSeconds(gptq, PARTS)
+    parts = CoreSeconds(PARTS)
     meter = Meter()
     gate_up = round_weight("gate_up", layer.gate_up, layer.x, layer.token, layer, args.cross, int(args.memory * 1e9), meter, plans)
     down = round_weight("down", layer.down, layer.inner, None, layer, args.cross, int(args.memory * 1e9), meter, plans)

@@ -26,13 +26,16 @@ class ExpertPlan:
     total_bytes: int
 
 
-def plan_experts(experts: int, rows: int, columns: int, *, cross: bool, shared: bool, own_target: bool, limit: int) -> ExpertPlan:
+def plan_experts(
+    experts: int, rows: int, columns: int, *, cross: bool, shared: bool, own_target: bool, limit: int, on_host: bool = True
+) -> ExpertPlan:
     """Chunks of E experts with weights [N, K] that stay within `limit` bytes.
 
     Args:
         cross: whether the cross term is kept.
         shared: whether there is a Hessian of the whole layer (and its cross term).
         own_target: whether each expert has a second Hessian that it is blended towards.
+        on_host: whether the CPU rounds, each thread one expert at a time.
 
     Raises:
         UserError: not even one expert fits; with the bytes that it needs.
@@ -42,7 +45,7 @@ def plan_experts(experts: int, rows: int, columns: int, *, cross: bool, shared: 
     kept = (1 + cross + own_target) * square
     # A thread blends and permutes one matrix at a time.
     each, scratch = gptq_bytes(rows, columns, cross), max(2 * square, accumulation_bytes(columns, cross))
-    for at_once in range(AT_ONCE, 0, -1):
+    for at_once in range(1 if on_host else AT_ONCE, 0, -1):
         flying, workers = min(experts, threads * at_once), min(experts, threads)
         chunk = min(experts, (limit - fixed - workers * scratch - flying * each) // kept)
         if chunk >= flying:

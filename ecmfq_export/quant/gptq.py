@@ -1,4 +1,4 @@
-"""Blocked GPTQ (arXiv 2210.17323), batched over all experts of a layer at once.
+"""Blocked GPTQ (arXiv 2210.17323) of all experts of a layer.
 
 Columns are rounded one after the other, each to the grid point nearest to what the errors of the columns before it leave to be
 done. This is Babai's nearest-plane walk on the lattice of H (arXiv 2507.18553): with ``H = L L^T``, L lower triangular, and
@@ -12,34 +12,27 @@ columns at a time instead of all that are left.
 
 The cross term of GPTAQ enters in closed form: ``sum w |W x - Q xh|^2 = |(Q - W*) |^2_H + const`` with
 ``W* = W + W D H^-1``, so GPTQ is run on W*.
+
+On the CPU each thread takes one expert at a time (:mod:`gptq_host`), on a GPU a batch of them goes through PyTorch's operators
+(:mod:`gptq_device`). Both take the same steps; sums have another order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 
-from ecmfq_export.errors import UserError
-from ecmfq_export.quant.cholesky import solve_symmetric, upper_cholesky
+from ecmfq_export.quant import gptq_device, gptq_host
 from ecmfq_export.quant.expert_threads import Threads, for_slices
 from ecmfq_export.quant.hessian import Blend
-from ecmfq_export.quant.qtensor import QTensor, cat_experts, grid_limit
-from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip, choose_scale, effective_scale
+from ecmfq_export.quant.qtensor import QTensor
+from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, Clip
+from ecmfq_export.quant.walk_problem import BLOCK
 from ecmfq_export.quant.workspace import Workspace
 
-SUPER, BLOCK = 512, 128
-"""Columns rounded between two products with all the errors so far, and with those of the columns of the same stretch."""
-
-TILE, STRIP = 16, 4
-"""Columns of the finer blocks inside: a tile's columns of a few experts stay in a core's cache."""
-
 AT_ONCE = 8
-"""Experts that a thread rounds at once: enough to hide what a call costs, few enough for its cache."""
+"""Experts that a device rounds at once: enough to hide what a call costs."""
 
-_RETRIES = 6
-_TRANSPOSE_COLUMNS = 32
+Scales = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def quantize_gptq(
@@ -58,7 +51,8 @@ def quantize_gptq(
         clip: rule of the scales; where it searches, a column weighs as in the walk's error, ``L_kk^2``.
         descending: round the columns with the largest diagonal first; else in their own order.
         blend: shared matrices that `hessian` and `cross` are blended towards first.
-        max_bytes: working memory of all threads together; fewer experts are computed at a time where it is small (at least one).
+        max_bytes: working memory on a device; fewer experts are computed at a time where it is small (at least one). On the CPU a
+            thread has one expert at a time.
         threads: see :mod:`expert_threads`.
 
     Returns:
@@ -68,258 +62,41 @@ def quantize_gptq(
     Raises:
         UserError: NaN or infinity, or a matrix that is not positive semidefinite even with heavy damping.
     """
-    experts, rows, columns = weight.shape
-    damp = torch.as_tensor(percdamp, dtype=torch.float32).expand(experts)
-    crossed = cross is not None and bool(cross_strength)
+    damp = torch.as_tensor(percdamp, dtype=torch.float32).expand(len(weight))
+    grid = torch.empty(weight.shape, dtype=torch.int8)
+    crossed = cross if cross_strength else None
 
-    def quantize(part: slice, work: Workspace) -> QTensor:
-        shape = (part.stop - part.start, columns, columns)
-        matrix, order = work.take("matrix", shape), torch.empty(shape[:2], dtype=torch.int64)
-        moved = work.take("cross", shape) if crossed else None
-        for place, expert in enumerate(range(part.start, part.stop)):
-            own = hessian[expert] if blend is None else blend.matrix(hessian[expert], expert, work.take("blend", shape[1:]))
-            order[place] = walk_order(own.diagonal(), descending)
-            _permute(own, order[place], matrix[place], work)
-            if moved is not None and cross is not None:
-                own = cross[expert] if blend is None else blend.cross(cross[expert], expert, work.take("blend", shape[1:]))
-                _permute(own, order[place], moved[place], work)
-                moved[place] *= cross_strength
-        return quantize_ordered(weight[part], Problem(matrix, damp[part], order, moved), num_bits, group_size, clip, work)
+    def blended(own: torch.Tensor, expert: int, of_cross: bool = False) -> gptq_host.Blended:
+        return (own[expert], 1.0, 0.0, None) if blend is None else (own[expert], *blend.term(expert, of_cross))
 
-    workers = 1 if threads == "operators" else torch.get_num_threads()
-    each = max_bytes // (workers * gptq_bytes(rows, columns, crossed))
-    return cat_experts(for_slices(experts, max(1, min(AT_ONCE, each)), quantize, threads))
+    def on_host(part: slice, work: Workspace) -> list[Scales]:
+        return [gptq_host.quantize_expert(
+            weight[expert],
+            gptq_host.ExpertProblem(blended(hessian, expert), float(damp[expert]),
+                                    None if crossed is None else blended(crossed, expert, True), cross_strength, descending),
+            num_bits, group_size, clip, work, grid[expert]) for expert in range(part.start, part.stop)]
 
+    def on_device(part: slice, work: Workspace) -> list[Scales]:
+        numbers = range(part.start, part.stop)
+        problem = gptq_device.arrange([blended(hessian, expert) for expert in numbers], damp[part],
+                                      None if crossed is None else [blended(crossed, expert, True) for expert in numbers],
+                                      cross_strength, descending, work)
+        scale, multiplier = gptq_device.quantize_ordered(weight[part], problem, num_bits, group_size, clip, work, grid[part])
+        return list(zip(scale, [None] * len(scale) if multiplier is None else multiplier, strict=True))
 
-@dataclass(frozen=True)
-class Problem:
-    """What GPTQ minimizes for E experts, columns laid out for the walk: the last is rounded first.
-
-    Attributes:
-        matrix: float32 [E, K, K]; the upper triangle and the blocks of :data:`BLOCK` on the diagonal are read.
-        percdamp: float32 [E].
-        order: int64 [E, K], the weight's column at each place.
-        cross: float32 [E, K, K] in the same layout, its strength multiplied in, or None.
-    """
-
-    matrix: torch.Tensor
-    percdamp: torch.Tensor
-    order: torch.Tensor
-    cross: torch.Tensor | None = None
+    if weight.device.type == "cpu":
+        found = for_slices(len(weight), 1, on_host, threads)
+    else:
+        most = max_bytes // gptq_bytes(*weight.shape[1:], crossed is not None)
+        found = for_slices(len(weight), max(1, min(AT_ONCE, most)), on_device, threads)
+    scales, multipliers = zip(*(scales for part in found for scales in part), strict=True)
+    return QTensor(grid, torch.stack(scales), num_bits, group_size, None if group_size == -1 else torch.stack(multipliers))
 
 
 def gptq_bytes(rows: int, columns: int, cross: bool = False) -> int:
     """Working memory of :func:`quantize_gptq` for one expert, beside its Hessian, its weight and the result."""
     # The matrix in the walk's order, and its factor with panels; the weight, what is missing of it, and what rounding to nearest misses;
-    # int8 values in both layouts; blocks. The cross term: itself, its product with the weight, and the solution.
+    # int8 values in both layouts; blocks. The cross term: itself, its product with the weight, and the solution. (On the CPU there is
+    # one matrix less.)
     return (4 * (3 * columns * columns + 3 * rows * columns) + 2 * rows * columns + 4 * 3 * BLOCK * (rows + columns)
             + cross * 4 * (columns * columns + 3 * rows * columns))
-
-
-def walk_order(diagonal: torch.Tensor, descending: bool = True) -> torch.Tensor:
-    """Columns [..., K] laid out for the walk (last first): the largest `diagonal` first, or the first column first."""
-    if not descending:
-        return torch.arange(diagonal.shape[-1] - 1, -1, -1).expand_as(diagonal)
-    return torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)
-
-
-def _permute(matrix: torch.Tensor, order: torch.Tensor, out: torch.Tensor, work: Workspace) -> None:
-    """Write [K, K] with rows and columns in `order` [K] to `out`."""
-    torch.index_select(torch.index_select(matrix, 0, order, out=work.take("permuted", matrix.shape)), 1, order, out=out)
-
-
-def quantize_ordered(
-    weight: torch.Tensor, problem: Problem, num_bits: int, group_size: int, clip: Clip, work: Workspace,
-) -> QTensor:
-    """GPTQ of all of `weight`'s experts at once; arguments and errors as :func:`quantize_gptq`."""
-    limit, columns = grid_limit(num_bits), weight.shape[-1]
-    diagonal = problem.matrix.diagonal(dim1=-2, dim2=-1)
-    if not bool(torch.isfinite(diagonal).all()):
-        raise UserError("a Hessian holds NaN or infinity", "check that the floating-point model is finite on the samples")
-    # Columns that never carried anything get the mean on the diagonal, so that they round to nearest.
-    mean = diagonal.mean(-1, keepdim=True)
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean, torch.ones_like(mean))))
-    position = torch.argsort(problem.order, dim=-1)
-    upper = _damped_factor(problem.matrix, problem.percdamp, diagonal.mean(-1), work)
-    # What a column's rounding costs once the columns after it have made up for it.
-    importance = upper.diagonal(dim1=-2, dim2=-1).square().gather(1, position)
-    weight = weight.float()
-    target = work.take("target", (len(weight), columns, weight.shape[1]))
-    if problem.cross is None:
-        scale, multiplier = choose_scale(weight, num_bits, group_size, clip, importance)
-        _to_columns(weight, position, target)
-    else:
-        _to_columns(weight, position, target)
-        target += solve_symmetric(upper, problem.cross.mT @ target)
-        scale, multiplier = choose_scale(_to_rows(target, position), num_bits, group_size, clip, importance)
-    step = None
-    if multiplier is None:
-        # One step a row: the walk runs in units of it.
-        target /= scale.unsqueeze(1)
-    else:
-        step = torch.empty_like(target)
-        _to_columns(effective_scale(scale, multiplier, columns), position, step)
-    weights = upper.diagonal(dim1=-2, dim2=-1).square()
-    for start, end in _blocks(columns):
-        upper[:, start:end, start:] /= upper[:, start:end, start:].diagonal(dim1=-2, dim2=-1).unsqueeze(-1).clone()
-    other = _missed_by_nearest(target, step, limit, work)
-    qvalue, error = _walk(target, upper, weights, step, limit, work)
-    _keep_better_rows(qvalue, error, target, other, upper, weights, step, limit)  # `target` holds what is missing now
-    return QTensor(_to_rows(qvalue, position), scale, num_bits, group_size, multiplier)
-
-
-def _damped_factor(matrix: torch.Tensor, percdamp: torch.Tensor, mean: torch.Tensor, work: Workspace) -> torch.Tensor:
-    """U = L^T of the damped matrices; experts that fail get ten times the damping."""
-    for _ in range(_RETRIES):
-        upper, failed = upper_cholesky(matrix, percdamp * mean, work.take("factor", matrix.shape))
-        if not bool(failed.any()):
-            return upper
-        percdamp = torch.where(failed, percdamp * 10, percdamp)
-    raise UserError(
-        f"the Hessians of {int(failed.sum())} experts are not positive definite, even with damping {float(percdamp.max()):g}",
-        "raise percdamp, or use more calibration samples",
-    )
-
-
-def _to_columns(weight: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
-    """Write float32 [E, N, K] to `out` [E, K, N], column k at row ``position[k]``, so that each column of a step is contiguous.
-
-    A product with the identity: the matrix library packs its operands several times faster than a strided copy moves them.
-    """
-    experts, rows, columns = weight.shape
-    flat, offset = out.view(-1, rows), columns * torch.arange(experts).unsqueeze(1)
-    for start in range(0, columns, _TRANSPOSE_COLUMNS):
-        end = min(start + _TRANSPOSE_COLUMNS, columns)
-        part = torch.eye(end - start).expand(experts, -1, -1) @ weight[:, :, start:end].mT
-        flat.index_copy_(0, (position[:, start:end] + offset).flatten(), part.view(-1, rows))
-
-
-def _to_rows(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`_to_columns`, for any dtype."""
-    experts, columns, rows = values.shape
-    index = position + columns * torch.arange(experts).unsqueeze(1)
-    return values.view(-1, rows).index_select(0, index.flatten()).view_as(values).mT.contiguous()
-
-
-def _blocks(columns: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Start and end of each block, the last one first."""
-    for start in range((columns - 1) // size * size, -1, -size):
-        yield start, min(start + size, columns)
-
-
-def _walk(
-    values: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round `values` [E, K, N], the target, and leave target minus grid point in it.
-
-    `unit` [E, K, K] is L^T, each row divided by its diagonal element, whose square is in `weights` [E, K]. `step` [E, K, N] is the
-    grid's; None where `values` is in units of it.
-
-    Returns:
-        int8 grid points [E, K, N] and each row's weighted error [E, N].
-    """
-    experts, columns, rows = values.shape
-    qvalue = work.take("qvalue", values.shape, torch.int8)
-    error = torch.zeros(experts, rows)
-    for outer, last in _blocks(columns, SUPER):
-        wide = values[:, outer:last]
-        if last < columns:
-            # What all columns behind this stretch leave to be done in it, in one product with many rows.
-            wide = torch.baddbmm(wide, unit[:, outer:last, last:], values[:, last:], out=work.take("wide", wide.shape))
-        for start, end in _blocks(last - outer):
-            start, end = outer + start, outer + end
-            width = end - start
-            block, inside = wide[:, start - outer : end - outer], values[:, start:end]
-            if end < last:
-                block = torch.baddbmm(block, unit[:, start:end, end:last], values[:, end:last],
-                                      out=work.take("block", (experts, width, rows)))
-            steps = None if step is None else step[:, start:end]
-            for low in range((width - 1) // TILE * TILE, -1, -TILE):
-                high = min(low + TILE, width)
-                value, grid = (work.take(name, (experts, high - low, rows)) for name in ("value", "grid"))
-                if high < width:
-                    torch.baddbmm(block[:, low:high], unit[:, start + low : start + high, start + high : end], inside[:, high:], out=value)
-                else:
-                    value.copy_(block[:, low:high])
-                _round_tile(value, grid, inside[:, low:high], unit[:, start + low : start + high, start + low : start + high],
-                            None if steps is None else steps[:, low:high], limit)
-                torch.sub(value, grid, out=value)
-                error += value.square_().mul_(weights[:, start + low : start + high].unsqueeze(-1)).sum(1)
-                qvalue[:, start + low : start + high] = grid if steps is None else grid.div_(steps[:, low:high]).round_()
-    return qvalue, error
-
-
-def _round_tile(
-    value: torch.Tensor, grid: torch.Tensor, inside: torch.Tensor, unit: torch.Tensor, step: torch.Tensor | None, limit: int
-) -> None:
-    """Round a few columns [E, B, N], the last first.
-
-    Args:
-        value: what the columns after these leave to be done, completed here to v.
-        grid: written, the grid's values.
-        inside: the targets, turned into target minus grid.
-        unit: [E, B, B] of L^T, each row divided by its diagonal element.
-    """
-    width = value.shape[1]
-    for low in range((width - 1) // STRIP * STRIP, -1, -STRIP):
-        high = min(low + STRIP, width)
-        if high < width:
-            value[:, low:high] += unit[:, low:high, high:] @ inside[:, high:]
-        for column in range(high - 1, low - 1, -1):
-            current, rounded = value[:, column], grid[:, column]
-            for done in range(column + 1, high):
-                current.addcmul_(inside[:, done], unit[:, column, done].unsqueeze(-1))
-            if step is None:
-                torch.round(current, out=rounded).clamp_(-limit, limit)
-            else:
-                torch.div(current, step[:, column], out=rounded).round_().clamp_(-limit, limit).mul_(step[:, column])
-            inside[:, column] -= rounded
-
-
-def _some_rows(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """[E, B, M] of [E, B, N]: `rows` [E, M] of each expert; all of them where it is None."""
-    return values if rows is None else values.gather(2, rows.unsqueeze(1).expand(-1, values.shape[1], -1))
-
-
-def _missed_by_nearest(target: torch.Tensor, step: torch.Tensor | None, limit: int, work: Workspace) -> torch.Tensor:
-    """`target` [E, K, N] minus its nearest grid point."""
-    other = work.take("nearest", target.shape)
-    if step is None:
-        torch.round(target, out=other).clamp_(-limit, limit)
-    else:
-        torch.div(target, step, out=other).round_().clamp_(-limit, limit).mul_(step)
-    return torch.sub(target, other, out=other)
-
-
-def _keep_better_rows(
-    qvalue: torch.Tensor, error: torch.Tensor, missing: torch.Tensor, other: torch.Tensor, unit: torch.Tensor, weights: torch.Tensor,
-    step: torch.Tensor | None, limit: int,
-) -> None:
-    """Rows where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
-
-    The error of rounding to nearest is a sum of squares over columns. The first columns have the largest weights and see the errors of
-    all others, so they come first: once a row's sum so far exceeds what the walk reached, the row is settled, and columns go on with
-    those that are not.
-
-    `missing` is the target minus the walk's grid point, `other` minus the nearest one; `unit` and `weights` as in :func:`_walk`.
-    """
-    rows: torch.Tensor | None = None  # those that are not settled, and a few others to fill up
-    total = torch.zeros_like(error)
-    for start, end in reversed(list(_blocks(missing.shape[1]))):
-        total += (unit[:, start:end, start:] @ other[:, start:]).square_().mul_(weights[:, start:end].unsqueeze(-1)).sum(1)
-        unsettled = total < error
-        most = int(unsettled.sum(1).max())
-        if most == 0:
-            return
-        if 2 * most <= total.shape[1]:
-            keep = torch.argsort(unsettled, dim=1, descending=True, stable=True)[:, :most]
-            rows = keep if rows is None else rows.gather(1, keep)
-            total, error, other = total.gather(1, keep), error.gather(1, keep), _some_rows(other, keep)
-    walked, steps = _some_rows(qvalue, rows), None if step is None else _some_rows(step, rows)
-    target = _some_rows(missing, rows) + (walked.float() if steps is None else walked * steps)
-    nearest = (torch.round(target) if steps is None else target.div_(steps).round_()).clamp_(-limit, limit)
-    chosen = torch.where((total < error).unsqueeze(1), nearest.to(torch.int8), walked)
-    if rows is None:
-        qvalue.copy_(chosen)
-    else:
-        qvalue.scatter_(2, rows.unsqueeze(1).expand_as(chosen), chosen)

@@ -23,19 +23,39 @@ class WeightedHessian:
     """Accumulates H, D and the weights' sums over batches of tokens.
 
     Attributes:
-        matrix: float32 [E, K, K], ``sum w xh xh^T``.
-        cross: float32 [E, K, K], ``sum w (x - xh) xh^T``, or None.
         weight_sum, weight_square_sum: float64 [E].
         count: int64 [E], pairs seen.
     """
 
     def __init__(self, num_experts: int, columns: int, cross: bool = False, threads: Threads = "experts") -> None:
-        self.matrix = torch.zeros(num_experts, columns, columns)
-        self.cross = torch.zeros(num_experts, columns, columns) if cross else None
+        self._matrix = torch.empty(num_experts, columns, columns)
+        self._cross = torch.empty(num_experts, columns, columns) if cross else None
+        self._filled = [False] * num_experts
         self.weight_sum = torch.zeros(num_experts, dtype=torch.float64)
         self.weight_square_sum = torch.zeros(num_experts, dtype=torch.float64)
         self.count = torch.zeros(num_experts, dtype=torch.int64)
         self._threads: Threads = threads
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """``sum w xh xh^T``, float32 [E, K, K]."""
+        self._fill()
+        return self._matrix
+
+    @property
+    def cross(self) -> torch.Tensor | None:
+        """``sum w (x - xh) xh^T``, float32 [E, K, K], or None where it is not kept."""
+        self._fill()
+        return self._cross
+
+    def _fill(self) -> None:
+        """Zeros for experts that have seen nothing; the others' first product was their first write."""
+        for expert, filled in enumerate(self._filled):
+            if not filled:
+                self._matrix[expert].zero_()
+                if self._cross is not None:
+                    self._cross[expert].zero_()
+        self._filled = [True] * len(self._filled)
 
     def add(
         self, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor,
@@ -58,9 +78,9 @@ class WeightedHessian:
                             "check that the floating-point model is finite on these samples")
         if weight.numel() and float(weight.min()) < 0:
             raise UserError(f"a token weight is negative: {float(weight.min())}")
-        if (reference is None) != (self.cross is None):
+        if (reference is None) != (self._cross is None):
             raise UserError("the cross term needs reference inputs, and reference inputs need the cross term")
-        num_experts = len(self.matrix)
+        num_experts = len(self._matrix)
         x, weight, reference = x.float(), weight.float(), None if reference is None else reference.float()
         self.count += torch.bincount(expert, minlength=num_experts)
         self.weight_sum.index_add_(0, expert, weight.double())
@@ -82,11 +102,12 @@ class WeightedHessian:
         shape = (len(rows), x.shape[1])
         block = torch.index_select(x, 0, rows, out=work.take("rows", shape))
         weighted = torch.mul(block, weight.unsqueeze(-1), out=work.take("weighted", shape))
-        self.matrix[expert].addmm_(block.T, weighted)
-        if self.cross is not None and reference is not None:
+        keep, self._filled[expert] = float(self._filled[expert]), True
+        torch.addmm(self._matrix[expert], block.T, weighted, beta=keep, out=self._matrix[expert])
+        if self._cross is not None and reference is not None:
             # D[a, b] = sum w (x - xh)_a xh_b
             missing = torch.index_select(reference, 0, rows, out=work.take("reference", shape)).sub_(block)
-            self.cross[expert].addmm_(missing.T, weighted)
+            torch.addmm(self._cross[expert], missing.T, weighted, beta=keep, out=self._cross[expert])
 
     @property
     def n_eff(self) -> torch.Tensor:
@@ -132,19 +153,10 @@ class Blend:
         match = torch.where(trace > 0, trace / target_trace.clamp_min(1e-30), torch.ones_like(trace))
         return cls((1.0 - share).tolist(), (share * match).tolist(), target, target_cross)
 
-    def matrix(self, own: torch.Tensor, expert: int, out: torch.Tensor) -> torch.Tensor:
-        """Expert `expert`'s H from its `own` [K, K], written to `out`."""
-        return self._blend(own, self.target, expert, out)
-
-    def cross(self, own: torch.Tensor, expert: int, out: torch.Tensor) -> torch.Tensor:
-        """Expert `expert`'s D from its `own` [K, K], written to `out`."""
-        return self._blend(own, self.target_cross, expert, out)
-
-    def _blend(self, own: torch.Tensor, target: torch.Tensor | None, expert: int, out: torch.Tensor) -> torch.Tensor:
-        torch.mul(own, self.keep[expert], out=out)
-        if target is not None:
-            out.add_(target if target.ndim == 2 else target[expert], alpha=self.factor[expert])
-        return out
+    def term(self, expert: int, cross: bool = False) -> tuple[float, float, torch.Tensor | None]:
+        """Expert `expert`'s ``1 - b``, ``b c``, and what its H (its D with `cross`) is blended with, [K, K] or None."""
+        target = self.target_cross if cross else self.target
+        return self.keep[expert], self.factor[expert], target if target is None or target.ndim == 2 else target[expert]
 
 
 def weighted_error(difference: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

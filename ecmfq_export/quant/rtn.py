@@ -7,7 +7,10 @@ from typing import Literal
 import torch
 
 from ecmfq_export.errors import UserError
+from ecmfq_export.quant.expert_threads import for_slices
+from ecmfq_export.quant.host_kernels import host_kernels
 from ecmfq_export.quant.qtensor import QTensor, chunked, grid_limit, group_count, round_scale
+from ecmfq_export.quant.workspace import Workspace
 
 Clip = Literal["absmax", "mse"]
 
@@ -16,8 +19,11 @@ CLIP_RATIOS = tuple(1.0 - 0.04 * step for step in range(16))
 
 DEFAULT_MAX_BYTES = 1 << 30
 
+_ROWS = 1024
+"""Most rows that a thread of the host searches between two looks at what is left."""
+
 _SEARCH_ITEMS = 1 << 17
-"""Weights searched at a time: what the search reads again and again stays in a core's cache."""
+"""Weights searched at a time on a device: what the search reads again and again stays in its cache."""
 
 
 def quantize_rtn(
@@ -67,16 +73,19 @@ def choose_scale(
     weights = None if importance is None else importance.float().expand(*weight.shape[:-2], columns).reshape(-1, columns)
     steps = torch.empty(*flat.shape[:-1], groups)
     for part in chunked(flat.shape[0], 20 * flat[0].numel() if len(flat) else 1, max_bytes):
-        block = flat[part].float().unflatten(-1, (groups, columns // groups))
-        absmax = block.abs().amax(-1)
-        if not bool(torch.isfinite(absmax).all()):
+        some, cost = flat[part].float(), None if weights is None else weights[part]
+        if clip == "mse" and weight.device.type == "cpu":
+            steps[part] = _search_on_host(some, groups, limit, cost)
+        else:
+            block = some.unflatten(-1, (groups, columns // groups))
+            absmax = block.abs().amax(-1)
+            steps[part] = absmax / limit
+            if clip == "mse" and bool(torch.isfinite(absmax).all()):
+                costs = None if cost is None else cost.unflatten(-1, (groups, columns // groups)).unsqueeze(1)
+                steps[part] = _search(block, absmax, limit, costs)
+        if not bool(torch.isfinite(steps[part]).all()):
             raise UserError(f"a weight of shape {list(weight.shape)} holds NaN or infinity",
                             "the checkpoint is damaged; download it again")
-        if clip == "mse":
-            cost = None if weights is None else weights[part].unflatten(-1, (groups, columns // groups)).unsqueeze(1)
-            steps[part] = _search(block, absmax, limit, cost)
-        else:
-            steps[part] = absmax / limit
     steps = steps.reshape(*weight.shape[:-1], groups)
     if group_size == -1:
         return round_scale(steps.squeeze(-1)), None
@@ -93,6 +102,23 @@ def effective_scale(scale: torch.Tensor, multiplier: torch.Tensor | None, column
 def round_to_grid(weight: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Tensor:
     """int8 round-half-even of ``weight / step``, clipped to [-limit, limit]."""
     return torch.round(weight / step).clamp_(-limit, limit).to(torch.int8)
+
+
+def _search_on_host(weight: torch.Tensor, groups: int, limit: int, cost: torch.Tensor | None) -> torch.Tensor:
+    """:func:`_search` for `weight` [B, N, K] and `cost` [B, K], by the host's kernel; [B, N, G], not finite where `weight` is not."""
+    kernels, ratios = host_kernels(), torch.tensor(CLIP_RATIOS)
+    count, rows, _ = weight.shape
+    weight, cost = weight.contiguous(), None if cost is None else cost.contiguous()
+    steps = torch.empty(count, rows, groups)
+
+    def search(part: slice, _: Workspace) -> None:
+        # Rows of all matrices in one sequence.
+        for index in range(part.start // rows, -(-part.stop // rows)):
+            some = slice(max(part.start - index * rows, 0), min(part.stop - index * rows, rows))
+            kernels.search_steps(weight[index, some], groups, None if cost is None else cost[index], ratios, limit, steps[index, some])
+
+    for_slices(count * rows, _ROWS, search)
+    return steps
 
 
 def _search(block: torch.Tensor, absmax: torch.Tensor, limit: int, cost: torch.Tensor | None) -> torch.Tensor:

@@ -150,7 +150,8 @@ def _chunks(
     if not isinstance(layer.spec.mlp, MoESpec):
         yield slice(0, experts), rounding
         return
-    plan = plan_experts(experts, rows, columns, cross=settings.cross, shared=shared, own_target=own_target, limit=settings.memory)
+    plan = plan_experts(experts, rows, columns, cross=settings.cross, shared=shared, own_target=own_target, limit=settings.memory,
+                        on_host=_threads(layer) == "experts")
     rounding = replace(rounding, faq=replace(rounding.faq, max_bytes=plan.working_bytes))
     mine = settings.ranks.share(experts)
     for start in range(mine.start, mine.stop, plan.chunk):

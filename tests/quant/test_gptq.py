@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.quant import gptq
+from ecmfq_export.quant import gptq_host
 from ecmfq_export.quant.faq import FaqSettings, quantize_faq
 from ecmfq_export.quant.gptq import quantize_gptq
 from ecmfq_export.quant.grouping import group_by_expert
@@ -179,7 +179,8 @@ def test_shrinkage_of_few_tokens():
     own = torch.eye(3).expand(3, 3, 3) * torch.tensor([0.0, 2.0, 5.0])[:, None, None]
     pool = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     blend = Blend.of(own, share, pool)
-    blended = torch.stack([blend.matrix(own[e], e, torch.empty(3, 3)) for e in range(3)])
+    terms = [blend.term(e) for e in range(3)]
+    blended = torch.stack([keep * own[e] + factor * target for e, (keep, factor, target) in enumerate(terms)])
     assert torch.allclose(blended[0], pool)
     assert torch.allclose(blended[1].trace(), torch.tensor(6.0)) and blended[1][2, 2] > blended[1][0, 0]
     assert torch.allclose(blended[2], own[2], atol=1e-4)
@@ -212,7 +213,7 @@ def test_each_row_is_the_better_of_walk_and_nearest(columns, group_size, monkeyp
     damped = h.double() + 0.01 * h.diagonal(dim1=-2, dim2=-1).double().mean(-1)[:, None, None] * torch.eye(columns)
     ours = quantize_gptq(weight, h, 4, group_size)
     nearest = quantize_at(weight, ours.scale, ours.group_multiplier, 4, group_size)
-    monkeypatch.setattr(gptq, "_keep_better_rows", lambda *_: None)
+    monkeypatch.setattr(gptq_host, "_keep_better_rows", lambda *_: None)
     walked = quantize_gptq(weight, h, 4, group_size)
     error, of_nearest, of_walk = (weighted_error((q.dequantize() - weight).double(), damped) for q in (ours, nearest, walked))
     assert int((of_walk > 1.0001 * of_nearest).sum()) > 10
