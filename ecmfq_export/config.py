@@ -91,7 +91,7 @@ class QuantConfig:
     rotate_values: bool = False
     holdout_fraction: float = 0.25
     seed: int = 0
-    expert_memory_gb: float = 3.0
+    expert_memory_gb: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ from ecmfq_export.quant.hessian import WeightedHessian  # noqa: E402
 from ecmfq_export.quant.host_kernels import HostKernels  # noqa: E402
 from ecmfq_export.quant.qtensor import QTensor, cat_experts  # noqa: E402
 from ecmfq_export.quant.rounding import relative_error  # noqa: E402
+from ecmfq_export.quant.workspace import Workspace  # noqa: E402
 
 PARTS = [(HostKernels, "blend_in_order", "layout"), (HostKernels, "to_columns", "layout"), (HostKernels, "to_rows", "layout"),
          (gptq_host, "_damped_factor", "factorization"), (gptq_host, "choose_scale", "scales"), (gptq_host, "_walk", "columns"),
-         (gptq_host, "_first_of_nearest", "better of both"), (gptq_host, "_keep_better_rows", "better of both"), (gptq_host, "solve_symmetric", "cross term")]
+         (gptq_host, "_first_of_nearest", "better of both"), (gptq_host, "_keep_better_rows", "better of both"),
+         (gptq_host, "_moved", "cross term")]
 
 
 class CoreSeconds:
@@ -76,13 +78,13 @@ def round_weight(
             pooled.add(x, torch.zeros(len(x), dtype=torch.int64), token_weight, reference=reference)
             target, target_cross = pooled.matrix[0], None if pooled.cross is None else pooled.cross[0]
     settings = FaqSettings(4, max_bytes=plan.working_bytes, kappa=256.0 if shared else 0.0)
-    found = []
+    found, memory = [], Workspace()
     for start in range(0, experts, plan.chunk):
         stop = min(start + plan.chunk, experts)
         with meter.phase("hessians"):
             low, high = (int(v) for v in torch.searchsorted(layer.expert, torch.tensor([start, stop])))
             pairs = slice(low, high)
-            hessian = WeightedHessian(stop - start, columns, cross)
+            hessian = WeightedHessian(stop - start, columns, cross, memory=memory)
             mine = (x, token[pairs], reference) if token is not None else (x[pairs], None, None if reference is None else reference[pairs])
             hessian.add(mine[0], layer.expert[pairs] - start, layer.weight[pairs], mine[1], mine[2])
         with meter.phase("rounding"):

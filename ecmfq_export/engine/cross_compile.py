@@ -107,8 +107,9 @@ def plugin_sources() -> Path:
 
 
 def source_files(folder: Path) -> list[Path]:
-    """What the library is compiled from, in the order of names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".cmake", ".txt"))
+    """What the library is compiled from, in the order of names. (``host`` is another library, for the machine that quantizes.)"""
+    return sorted(path for path in folder.rglob("*")
+                  if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".cmake", ".txt") and path.relative_to(folder).parts[0] != "host")
 
 
 def cross_compile(platform: str, compute_capabilities: tuple[int, ...], note: Callable[[str], None] = lambda _: None) -> PluginLibrary:

@@ -94,7 +94,7 @@ Engines for this device are built on it. Copy the whole bundle there, then one o
 
   ecmfq-export build BUNDLE --target {target.name}
       the same, read back and checked; needs Python 3.11 or newer, TensorRT's Python bindings and ecmfq-export, installed from its
-      source tree without compiling: pip install SOURCE_TREE -C cmake.define.ECMFQ_LIBRARY=$PWD/{LIBRARY_NAME}
+      source tree without CUDA's compiler: pip install SOURCE_TREE -C cmake.define.ECMFQ_LIBRARY=$PWD/{LIBRARY_NAME}
 
 Memory: {needs} (the target leaves {target.limits.memory_bytes / 2**30:.1f} GiB to the engines).
 

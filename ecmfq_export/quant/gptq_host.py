@@ -13,9 +13,6 @@ from ecmfq_export.quant.rtn import Clip, choose_scale
 from ecmfq_export.quant.walk_problem import BLOCK, RETRIES, SUPER, blocks, mended_diagonal, not_positive, walk_order
 from ecmfq_export.quant.workspace import Workspace
 
-_FIRST = 32
-"""Columns of the first look at which rows rounding to nearest may serve better; it settles most of them."""
-
 _PANEL = 256
 """Rows of the factor that one product with all rows before them completes."""
 
@@ -167,13 +164,13 @@ def _walk(
 def _first_of_nearest(
     kernels: HostKernels, target: torch.Tensor, upper: torch.Tensor, grids: _Grids, work: Workspace
 ) -> torch.Tensor:
-    """What the first columns add to each row's error where it is rounded to nearest, [N]."""
+    """What the first block of columns adds to each row's error where it is rounded to nearest, [N]."""
     columns, rows = target.shape
-    missed, product = work.take("missed", (min(BLOCK, columns), rows)), torch.zeros(min(_FIRST, columns), rows)
-    for start, end in blocks(columns):
+    missed, product = work.take("missed", (min(SUPER, columns), rows)), work.take("product", (min(BLOCK, columns), rows))
+    for start, end in blocks(columns, SUPER):
         part = missed[: end - start]
         kernels.missed_by_nearest(target[start:end], grids.limit, part, grids.steps, grids.of(start, end))
-        product.addmm_(upper[:_FIRST, start:end], part)
+        torch.addmm(product, upper[:BLOCK, start:end], part, beta=float(end < columns), out=product)
     return product.square_().sum(0)
 
 
@@ -184,7 +181,7 @@ def _keep_better_rows(
     """Rows of `out` [N, K] where rounding to nearest has the smaller error get it: rows are independent, and the walk is greedy.
 
     The error of rounding to nearest is a sum of squares over columns. The first columns have the largest weights and see the errors of
-    all others, so they come first: once a row's sum so far (`total` [N], of the first few) exceeds what the walk reached, the row is
+    all others, so they come first: once a row's sum so far (`total` [N], of the first block) exceeds what the walk reached, the row is
     settled, and columns go on with those that are not.
     """
     columns = len(upper)
@@ -203,8 +200,7 @@ def _keep_better_rows(
     missed = torch.empty_like(target)
     kernels.missed_by_nearest(target, grids.limit, missed, some.steps, some.group)
     nearest = ((target - missed) / units).round_().to(torch.int8)
-    bounds = [min(_FIRST, columns), *(end for _, end in reversed(list(blocks(columns))) if end > _FIRST)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in reversed(list(blocks(columns))[:-1]):
         # Below the diagonal U holds zeros inside a block.
         total += (upper[start:end, start:] @ missed[start:]).square_().sum(0)
         keep = (total < error[rows]).nonzero().squeeze(-1)

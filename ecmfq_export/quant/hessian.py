@@ -22,14 +22,22 @@ ROW_BLOCK = 1024
 class WeightedHessian:
     """Accumulates H, D and the weights' sums over batches of tokens.
 
+    Args:
+        cross: whether D is kept.
+        threads: see :mod:`expert_threads`.
+        memory: buffers of an earlier one that is not used any more, or None.
+
     Attributes:
         weight_sum, weight_square_sum: float64 [E].
         count: int64 [E], pairs seen.
     """
 
-    def __init__(self, num_experts: int, columns: int, cross: bool = False, threads: Threads = "experts") -> None:
-        self._matrix = torch.empty(num_experts, columns, columns)
-        self._cross = torch.empty(num_experts, columns, columns) if cross else None
+    def __init__(
+        self, num_experts: int, columns: int, cross: bool = False, threads: Threads = "experts", memory: Workspace | None = None
+    ) -> None:
+        shape, memory = (num_experts, columns, columns), memory or Workspace()
+        self._matrix = memory.take("hessian", shape)
+        self._cross = memory.take("cross term", shape) if cross else None
         self._filled = [False] * num_experts
         self.weight_sum = torch.zeros(num_experts, dtype=torch.float64)
         self.weight_square_sum = torch.zeros(num_experts, dtype=torch.float64)

@@ -123,7 +123,7 @@ class HostKernels:
         width, columns = panel.shape
         if width > MAX_WIDTH:
             raise ValueError(f"{width} rows at once; at most {MAX_WIDTH}")
-        return bool(self._table.factor(panel.data_ptr(), panel.stride(0), width, columns) == 0)
+        return bool(self._table.factor(_rows_at(panel), panel.stride(0), width, columns) == 0)
 
     def missed_by_nearest(
         self, target: torch.Tensor, limit: int, out: torch.Tensor, steps: torch.Tensor | None = None, group: torch.Tensor | None = None
@@ -148,7 +148,7 @@ class HostKernels:
         width, rows = target.shape
         if width > MAX_WIDTH:
             raise ValueError(f"{width} columns at once; at most {MAX_WIDTH}")
-        self._table.walk(upper.data_ptr(), upper.stride(0), _at(product), _at(target), _at(steps), _at(group), width, rows, limit,
+        self._table.walk(_rows_at(upper), upper.stride(0), _at(product), _at(target), _at(steps), _at(group), width, rows, limit,
                          _at(grid), _at(error))
 
 
@@ -156,6 +156,13 @@ def _at(tensor: torch.Tensor | None) -> int | None:
     if tensor is None:
         return None
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"a kernel of the host was given a tensor of strides {tensor.stride()} on {tensor.device}")
+    return tensor.data_ptr()
+
+
+def _rows_at(tensor: torch.Tensor) -> int:
+    """Of a matrix whose rows are dense but may lie apart."""
+    if tensor.stride(-1) != 1 or tensor.device.type != "cpu":
         raise ValueError(f"a kernel of the host was given a tensor of strides {tensor.stride()} on {tensor.device}")
     return tensor.data_ptr()
 

@@ -19,6 +19,7 @@ from ecmfq_export.quant.expert_threads import Threads, for_slices
 from ecmfq_export.quant.hessian import WeightedHessian
 from ecmfq_export.quant.qtensor import QTensor, cat_experts
 from ecmfq_export.quant.rounding import RoundingSettings, quantize_weight, relative_error
+from ecmfq_export.quant.workspace import Workspace
 from ecmfq_export.stages import mlp_view
 from ecmfq_export.stages.mlp_view import Routed
 from ecmfq_export.stages.ranks import ALONE, Ranks
@@ -70,15 +71,15 @@ def round_gate_up(layer: DecoderLayer, weight: torch.Tensor, batches: Batches, s
     """Gate over up [E, 2 I, d] rounded, and each expert's relative output error, float32 [E]."""
     shared = _whole_layer(weight, batches, settings) if settings.shrinks and _threads(layer) == "experts" else None
 
-    def hessian(part: slice) -> WeightedHessian:
-        found = _empty(layer, weight, part, settings)
+    def hessian(part: slice, memory: Workspace) -> WeightedHessian:
+        found = _empty(layer, weight, part, settings, memory)
         for batch in batches():
             some = mlp_view.only(batch.routed, part)
             found.add(fake_quantize_per_token(batch.x), some.expert - part.start, batch.weight[some.rows], some.token,
                       batch.reference if settings.cross else None)
         return found
 
-    def target(part: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def target(part: slice, memory: Workspace) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return (None, None) if shared is None else (shared.matrix[0], None if shared.cross is None else shared.cross[0])
 
     return _round(layer, weight, hessian, target, settings, shared=shared is not None, own_target=False)
@@ -97,8 +98,8 @@ def round_down(
             experts have channels of their own there. None where nothing shrinks.
     """
 
-    def hessian(part: slice) -> WeightedHessian:
-        found = _empty(layer, weight, part, settings)
+    def hessian(part: slice, memory: Workspace) -> WeightedHessian:
+        found = _empty(layer, weight, part, settings, memory)
         for batch in batches():
             some = mlp_view.only(batch.routed, part)
             found.add(fake_quantize_per_token(_intermediate(layer, batch.x, batch.routed, part)), some.expert - part.start,
@@ -106,10 +107,10 @@ def round_down(
                       reference=_intermediate(floating, batch.reference, batch.routed, part) if settings.cross else None)
         return found
 
-    def target(part: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def target(part: slice, memory: Workspace) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if spread is None:
             return None, None
-        total = WeightedHessian(part.stop - part.start, weight.shape[-1], threads=_threads(layer))
+        total = WeightedHessian(part.stop - part.start, weight.shape[-1], threads=_threads(layer), memory=memory)
         for some in spread.split(64):
             routed = mlp_view.route_everywhere(layer, some)
             inner = fake_quantize_per_token(_intermediate(layer, some, routed, part))
@@ -120,16 +121,19 @@ def round_down(
 
 
 def _round(
-    layer: DecoderLayer, weight: torch.Tensor, hessian: Callable[[slice], WeightedHessian],
-    target: Callable[[slice], tuple[torch.Tensor | None, torch.Tensor | None]], settings: ChunkSettings, *, shared: bool, own_target: bool,
+    layer: DecoderLayer, weight: torch.Tensor, hessian: Callable[[slice, Workspace], WeightedHessian],
+    target: Callable[[slice, Workspace], tuple[torch.Tensor | None, torch.Tensor | None]], settings: ChunkSettings, *, shared: bool,
+    own_target: bool,
 ) -> tuple[QTensor, torch.Tensor]:
     quantized, errors = [], []
+    # A chunk's matrices go where the last one's were.
+    memory, target_memory = Workspace(), Workspace()
     for part, rounding in _chunks(layer, weight, settings, shared, own_target):
-        found = hessian(part)
-        matrix, cross = target(part)
+        found = hessian(part, memory)
+        matrix, cross = target(part, target_memory)
         quantized.append(quantize_weight(weight[part], found, rounding, matrix, cross))
         errors.append(relative_error(weight[part], quantized[-1], found.matrix, rounding.faq.max_bytes, rounding.faq.threads))
-        del found, matrix, cross  # before the next chunk's
+        del found, matrix, cross  # before the next chunk's take their place
     whole = cat_experts(quantized), torch.cat(errors)
     return whole if settings.ranks.size == 1 or not isinstance(layer.spec.mlp, MoESpec) else _gathered(*whole, len(weight), settings.ranks)
 
@@ -163,8 +167,8 @@ def _threads(layer: DecoderLayer) -> Threads:
     return "experts" if on_host and isinstance(layer.spec.mlp, MoESpec) else "operators"
 
 
-def _empty(layer: DecoderLayer, weight: torch.Tensor, part: slice, settings: ChunkSettings) -> WeightedHessian:
-    return WeightedHessian(part.stop - part.start, weight.shape[-1], settings.cross, _threads(layer))
+def _empty(layer: DecoderLayer, weight: torch.Tensor, part: slice, settings: ChunkSettings, memory: Workspace) -> WeightedHessian:
+    return WeightedHessian(part.stop - part.start, weight.shape[-1], settings.cross, _threads(layer), memory)
 
 
 def _whole_layer(weight: torch.Tensor, batches: Batches, settings: ChunkSettings) -> WeightedHessian:

@@ -23,7 +23,7 @@ constexpr int kLanes = 4, kStrip = 2;
 constexpr int kTile = 4;             // columns summed at a time
 constexpr int kRows = kLanes * kStrip;  // rows of a strip
 constexpr int kMaxWidth = 256;
-constexpr int kSide = 256;  // side of the squares that a transposition moves
+constexpr int kSide = 64;  // rows that a transposition moves at a time; of bytes, columns as well
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
@@ -75,6 +75,22 @@ inline void transpose(Vec (&rows)[kLanes]) {
       rows[i] = __builtin_shuffle(first, second, low);
       rows[i + apart] = __builtin_shuffle(first, second, high);
     }
+  }
+}
+
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+// Transposes 16 vectors of 16 bytes: interleaving the halves four times.
+inline void transpose(Bytes (&rows)[16]) {
+  constexpr Bytes kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Bytes kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  for (int stage = 0; stage < 4; ++stage) {
+    Bytes next[16];
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], kLow);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 8], kHigh);
+    }
+    std::memcpy(rows, next, sizeof next);
   }
 }
 
@@ -171,7 +187,7 @@ void search_steps(const float* weight, int64_t rows, int64_t columns, int64_t gr
 }
 
 void to_columns(const float* weight, int64_t rows, int64_t columns, const int64_t* position, const float* scale, float* out) {
-  alignas(64) float square[kLanes][kSide];
+  alignas(64) float strip[kLanes][kSide];
   for (int64_t n = 0; n < rows; n += kSide) {
     const int64_t height = std::min<int64_t>(kSide, rows - n);
     for (int64_t k = 0; k < columns; k += kLanes) {
@@ -180,17 +196,19 @@ void to_columns(const float* weight, int64_t rows, int64_t columns, const int64_
       for (; width == kLanes && r + kLanes <= height; r += kLanes) {
         Vec values[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          values[i] = load(weight + (n + r + i) * columns + k);
+          const float* from = weight + (n + r + i) * columns + k;
+          __builtin_prefetch(from + kLanes);
+          values[i] = load(from);
           if (scale) values[i] /= scale[n + r + i];
         }
         transpose(values);
-        for (int c = 0; c < kLanes; ++c) store(square[c] + r, values[c]);
+        for (int c = 0; c < kLanes; ++c) store(strip[c] + r, values[c]);
       }
       for (; r < height; ++r) {
         const float* from = weight + (n + r) * columns + k;
-        for (int64_t c = 0; c < width; ++c) square[c][r] = scale ? from[c] / scale[n + r] : from[c];
+        for (int64_t c = 0; c < width; ++c) strip[c][r] = scale ? from[c] / scale[n + r] : from[c];
       }
-      for (int64_t c = 0; c < width; ++c) std::memcpy(out + position[k + c] * rows + n, square[c], height * sizeof(float));
+      for (int64_t c = 0; c < width; ++c) std::memcpy(out + position[k + c] * rows + n, strip[c], height * sizeof(float));
     }
   }
 }
@@ -214,12 +232,28 @@ void missed_by_nearest(const float* target, const float* steps, const int64_t* g
 }
 
 void to_rows(const int8_t* values, int64_t rows, int64_t columns, const int64_t* position, int8_t* out) {
-  alignas(64) int8_t square[kSide][64];
+  alignas(64) int8_t square[kSide][kSide];
   for (int64_t n = 0; n < rows; n += kSide) {
     const int64_t height = std::min<int64_t>(kSide, rows - n);
-    for (int64_t k = 0; k < columns; k += 64) {
-      const int64_t width = std::min<int64_t>(64, columns - k);
-      for (int64_t c = 0; c < width; ++c) {
+    for (int64_t k = 0; k < columns; k += kSide) {
+      const int64_t width = std::min<int64_t>(kSide, columns - k);
+      const int64_t ahead = std::min<int64_t>(k + kSide, columns), stop = std::min<int64_t>(ahead + kSide, columns);
+      for (int64_t c = ahead; c < stop; ++c) __builtin_prefetch(values + position[c] * rows + n);
+      int64_t c = 0;
+      for (; c + 16 <= width; c += 16) {
+        const int8_t* from[16];
+        for (int i = 0; i < 16; ++i) from[i] = values + position[k + c + i] * rows + n;
+        int64_t r = 0;
+        for (; r + 16 <= height; r += 16) {
+          Bytes block[16];
+          for (int i = 0; i < 16; ++i) std::memcpy(&block[i], from[i] + r, 16);
+          transpose(block);
+          for (int i = 0; i < 16; ++i) std::memcpy(&square[r + i][c], &block[i], 16);
+        }
+        for (; r < height; ++r)
+          for (int i = 0; i < 16; ++i) square[r][c + i] = from[i][r];
+      }
+      for (; c < width; ++c) {
         const int8_t* from = values + position[k + c] * rows + n;
         for (int64_t r = 0; r < height; ++r) square[r][c] = from[r];
       }
@@ -234,6 +268,12 @@ void blend_in_order(const float* own, const float* shared, float keep, float fac
     const float* from = own + order[i] * columns;
     float* to = out + i * columns;
     const int64_t start = i / block * block;
+    // The next row, wherever it is.
+    const int64_t next = order[std::min(i + 1, columns - 1)] * columns;
+    for (int64_t j = 0; j < columns; j += 16) {
+      __builtin_prefetch(own + next + j, 0, 2);
+      if (shared) __builtin_prefetch(shared + next + j, 0, 2);
+    }
     if (shared) {
       const float* other = shared + order[i] * columns;
       for (int64_t j = start; j < columns; ++j) to[j] = keep * from[order[j]] + factor * other[order[j]];
