@@ -84,10 +84,13 @@ def make_kimi_k25(
 
 
 def make_kimi_vl(
-    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, vision: dict[str, Any] | None = None, **text: Any
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, vision: dict[str, Any] | None = None, logit_gain: float = 1.0,
+    **text: Any,
 ) -> Path:
-    """Save the same model in the published form of Kimi-VL."""
+    """Save the same model in the published form of Kimi-VL; `logit_gain` multiplies the output matrix."""
     model = build_kimi(kimi_config(vision=vision, **text), seed)
+    with torch.no_grad():
+        model.lm_head.weight *= logit_gain
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in published_tensors(model).items()}

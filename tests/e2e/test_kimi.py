@@ -28,7 +28,9 @@ pytestmark = pytest.mark.tensorrt
 @pytest.fixture(scope="module")
 def bundle_dir(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("kimi-e2e")
-    make_kimi_vl(root / "model", seed=1)
+    # float16's rounding moves a random model's logits by a KL of 0.01 to 0.06 (six seeds; 1e-5 in trained ones). With small logits
+    # the report's limits mean what they mean for a trained model.
+    make_kimi_vl(root / "model", seed=1, logit_gain=0.25)
     make_pool(root / "pool")
     make_pool(root / "heldout", size=8, seed=5)
     settings = [part for text in ("num_samples=10", "max_seq_len=128", "max_image_patches=256") for part in ("--set", text)]

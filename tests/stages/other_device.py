@@ -118,7 +118,7 @@ def main() -> None:
     register()
     torch.set_num_threads(1)
     model, data, out = map(Path, sys.argv[1:4])
-    config = replace(SETTINGS, num_samples=4, weighting="rho_g_phi", smoothing=sys.argv[4])
+    config = replace(SETTINGS, num_samples=4, weighting="rho_g_phi", smoothing=sys.argv[4], percdamp=1.0)
     workflow.quantize_model(model, data, out / "quantized", config, Silent(), Resources(device=NAME))
 
 
