@@ -74,6 +74,7 @@ def runtime_facts(
         "video_token_id": spec.video_token_id,
         "vision_start_token_id": spec.vision_start_token_id,
         "vision_end_token_id": spec.vision_end_token_id,
+        "image_expert_ids": list(spec.image_expert_ids),
         "eos_token_ids": eos_token_ids,
         "files": {
             "decoder": "decoder/model.onnx", "decoder_reference": "decoder/model.ref.onnx", "vision": "vision/model.onnx",

@@ -6,7 +6,7 @@ inside a frame with an additive mask, so that images of different sizes go throu
 
 Outputs: ``image_features`` [num_merged, hidden], then ``deepstack_{i}`` [num_merged, hidden].
 
-Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, and MoonViT with its projector (Kimi).
+Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, ERNIE-4.5-VL's, and MoonViT with its projector (Kimi).
 """
 
 from __future__ import annotations
@@ -120,6 +120,33 @@ class HostedGlmTower(HostedTower):
         return (tower.merger(functional.linear(blocks, kernel.permute(0, 2, 3, 1).flatten(1), tower.downsample.bias)),)
 
 
+class HostedErnieTower(HostedTower):
+    """ERNIE-4.5-VL's tower and resampler, as models/ernie_vision.py puts them together; there is no position table."""
+
+    PARTS = ("vision_tower.patch_embed", "vision_tower.rotary_pos_emb", "vision_tower.ln", "resampler_model.temporal_linear",
+             "resampler_model.after_norm")  # fmt: skip
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.tower.vision_tower.rotary_pos_emb
+
+    @staticmethod
+    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attn.qkv(x).chunk(3, dim=-1)
+
+    def forward(self, patches: torch.Tensor, rope_positions: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features of merged patches; see the module's docstring."""
+        tower, resampler = self.tower.vision_tower, self.tower.resampler_model
+        hidden = tower.patch_embed.proj(patches)
+        for after in self.encode(tower.blocks, hidden, rope_positions, segment_ids):
+            hidden = after
+        merged = tower.ln(hidden).unflatten(0, (-1, resampler.spatial_merge_size**2)).flatten(1)
+        merged = resampler.spatial_linear(merged)
+        # An image is both frames of a pair.
+        merged = resampler.temporal_linear(torch.cat((merged, merged), dim=-1))
+        return (resampler.after_norm(resampler.mlp(merged)),)
+
+
 class HostedMoonVit(HostedTower):
     """MoonViT and its projector, as models/kimi_vision.py puts them together, over patches in merge-block order."""
 
@@ -157,13 +184,13 @@ def hosted_tower(tower: nn.Module) -> HostedTower:
         UnsupportedError: a tower made of other parts.
     """
     missing: list[str] = []
-    for kind in (HostedQwenTower, HostedGlmTower, HostedMoonVit):
+    for kind in (HostedQwenTower, HostedGlmTower, HostedErnieTower, HostedMoonVit):
         lacking = [part for part in kind.PARTS if not _has(tower, part)]
         if not lacking:
             return kind(tower)
         missing.append(f"{kind.__name__}: no {', '.join(lacking)}")
     raise UnsupportedError(f"vision tower {type(tower).__name__} is of no known kind ({'; '.join(missing)})",
-                           "only towers of the Qwen3-VL, GLM-4.1V and MoonViT forms can be exported")
+                           "only towers of the Qwen3-VL, GLM-4.1V, ERNIE-4.5-VL and MoonViT forms can be exported")
 
 
 def _has(module: nn.Module, dotted: str) -> bool:
@@ -209,6 +236,8 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
         "rope_positions": torch.zeros(count, 2, dtype=index),
         "segment_ids": torch.zeros(count, dtype=index),
     }
+    if not taps:
+        del example["interp_indices"], example["interp_weights"]
     merged = torch.export.Dim("num_merged", min=1)
     patches = merge * merge * merged
     outputs = ["image_features", *(f"deepstack_{i}" for i in range(len(spec.deepstack_layers)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -157,7 +158,60 @@ def check_one_half_type(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         )
 
 
-def check_source(checkpoint: Checkpoint, source: FloatSource | ExpertsSource) -> None:
+@dataclass(frozen=True)
+class JoinedPart:
+    """One tensor on disk that is some rows of a canonical one, transposed or in another shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class JoinedSource:
+    """A small canonical tensor whose rows are several tensors on disk, one behind the other, all of one dtype.
+
+    Attributes:
+        parts: in the order of rows.
+        shape: canonical.
+    """
+
+    parts: tuple[JoinedPart, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the first part, whose dtype is everybody's."""
+        return self.parts[0].name
+
+    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor on disk that it is made of."""
+        return {part.name: part.shape for part in self.parts}
+
+    def load(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The canonical tensor in its stored dtype."""
+        stored = [checkpoint.load(part.name) for part in self.parts]
+        rows = [t.t() if part.transposed else t for part, t in zip(self.parts, stored, strict=True)]
+        return torch.cat([row.reshape(-1, *self.shape[1:]) for row in rows])
+
+    def load_rows(self, checkpoint: Checkpoint, start: int, stop: int) -> torch.Tensor:
+        """``load()[start:stop]``."""
+        return self.load(checkpoint)[start:stop].clone()
+
+    def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A canonical tensor as what is written to disk."""
+        files: dict[str, torch.Tensor] = {}
+        start = 0
+        for part in self.parts:
+            shape = part.shape[::-1] if part.transposed else part.shape
+            count = math.prod(shape) // math.prod(self.shape[1:])
+            rows = tensor[start : start + count].reshape(shape)
+            files[part.name] = (rows.t() if part.transposed else rows).contiguous()
+            start += count
+        return files
+
+
+def check_source(checkpoint: Checkpoint, source: FloatSource | ExpertsSource | JoinedSource) -> None:
     """Shapes and dtypes from headers.
 
     Raises:

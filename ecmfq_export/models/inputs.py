@@ -40,6 +40,7 @@ class DecoderInputs:
         token_types: int64 [B, S], 0 text and padding, 1 image tokens.
         lengths: int64 [B], tokens that are not padding.
         deltas: int64 [B], position of the token after the prompt minus `lengths`.
+        router_types: int64 [B, S], whose routed experts a token chooses from, where types have experts of their own: 0 text, 1 image.
     """
 
     inputs_embeds: torch.Tensor
@@ -50,6 +51,7 @@ class DecoderInputs:
     token_types: torch.Tensor
     lengths: torch.Tensor
     deltas: torch.Tensor
+    router_types: torch.Tensor | None = None
 
 
 def prepare_inputs(
@@ -106,6 +108,7 @@ def prepare_inputs(
         torch.from_numpy(types),
         torch.from_numpy(lengths),
         torch.from_numpy(deltas),
+        torch.from_numpy(host_inputs.router_types(ids, spec.image_expert_ids)),
     )
 
 

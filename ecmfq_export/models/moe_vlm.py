@@ -10,7 +10,7 @@ import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models.checkpoint import Checkpoint, preview
-from ecmfq_export.models.float_source import ExpertPart, ExpertsSource, FloatSource, check_one_half_type, check_source
+from ecmfq_export.models.float_source import ExpertPart, ExpertsSource, FloatSource, JoinedSource, check_one_half_type, check_source
 from ecmfq_export.models.quantized_reader import QuantizationInfo, QuantizedSource, read_quantization
 from ecmfq_export.models.registry import Family, family_of, read_config
 from ecmfq_export.models.spec import DecoderLayerSpec, GqaSpec, MlaSpec, ModelSpec, MoESpec
@@ -23,7 +23,7 @@ ExpertLayout = Literal["auto", "transformers", "published"]
 """How fused experts lie on disk: ``transformers`` [E, out, in] (what 5.x saves), ``published`` [E, in, out] (the Hub's
 Qwen3-VL-MoE checkpoints), ``auto`` by shape."""
 
-Source = FloatSource | ExpertsSource | QuantizedSource | WeightOnlySource
+Source = FloatSource | ExpertsSource | JoinedSource | QuantizedSource | WeightOnlySource
 
 _MAX_EXPERTS = 1 << 17
 """Five times as many as any model published so far has; a damaged count must not keep the machine naming modules."""
@@ -167,7 +167,7 @@ class MoEVLM:
             return source.dequantize(self.checkpoint, start, stop)
         return source.load_rows(self.checkpoint, start, stop)
 
-    def float_source(self, name: str) -> FloatSource | ExpertsSource:
+    def float_source(self, name: str) -> FloatSource | ExpertsSource | JoinedSource:
         """Where a floating tensor lies on disk, or would lie where it is weight-only.
 
         Raises:
@@ -274,9 +274,9 @@ def layer_shapes(spec: ModelSpec, layer: DecoderLayerSpec) -> dict[str, tuple[in
     shapes |= {f"self_attn.{name}": shape for name, shape in parts.items()}
     shapes["post_attention_layernorm.weight"] = (hidden,)
     if isinstance(mlp, MoESpec):
-        shapes["mlp.router.weight"] = (mlp.num_experts, hidden)
+        shapes["mlp.router.weight"] = (mlp.router_rows, hidden)
         if mlp.router.selection_bias:
-            shapes["mlp.router.selection_bias"] = (mlp.num_experts,)
+            shapes["mlp.router.selection_bias"] = (mlp.router_rows,)
         shapes["mlp.experts.gate_up_proj"] = (mlp.total_experts, 2 * mlp.intermediate_size, hidden)
         shapes["mlp.experts.down_proj"] = (mlp.total_experts, hidden, mlp.intermediate_size)
     else:

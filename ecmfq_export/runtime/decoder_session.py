@@ -156,7 +156,7 @@ class DecoderSession:
         positions = host.decode_positions(starts, state.deltas)
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
-        outputs = self._call(embeds, positions, starts, deepstack, np.zeros(len(ids), np.int64), state.cache)
+        outputs = self._call(embeds, positions, starts, deepstack, np.zeros(len(ids), np.int64), state.cache, np.zeros_like(ids))
         self._take_cache(outputs, state)
         state.cached = state.cached + (1 if active is None else active.astype(np.int64))
         return outputs["logits"][:, -1]
@@ -187,7 +187,8 @@ class DecoderSession:
         positions = np.broadcast_to(first[None, :, None] + np.arange(ids.shape[1]), (3, *ids.shape))
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
-        outputs = self._call(embeds, positions, starts, deepstack, lengths - 1, state.cache)
+        kinds = host.router_types(ids, self.spec.image_expert_ids)
+        outputs = self._call(embeds, positions, starts, deepstack, lengths - 1, state.cache, kinds)
         self._take_cache(outputs, state)
         state.cached = starts + lengths
         return {name: value for name, value in outputs.items() if not name.startswith("present_")}
@@ -267,13 +268,14 @@ class DecoderSession:
                             "max_seq_len") from None
         cache = {f"past_{kind}_{layer}": empty for layer in range(self.num_layers) for kind in ("key", "value")}
         state = DecodeState(lengths, deltas, cache)
-        outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache)
+        kinds = host.router_types(ids, self.spec.image_expert_ids)
+        outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache, kinds)
         self._take_cache(outputs, state)
         return outputs, state, lengths
 
     def _call(
         self, embeds: np.ndarray, positions: np.ndarray, starts: np.ndarray, deepstack: list[np.ndarray],
-        last_index: np.ndarray, cache: dict[str, np.ndarray],
+        last_index: np.ndarray, cache: dict[str, np.ndarray], router_types: np.ndarray,
     ) -> dict[str, np.ndarray]:  # fmt: skip
         cos, sin = host.rope_tables(self.spec.rope, positions, self.dtype)
         feeds: dict[str, np.ndarray] = {
@@ -285,6 +287,8 @@ class DecoderSession:
             **{f"deepstack_{i}": feature for i, feature in enumerate(deepstack)},
             **cache,
         }
+        if self.spec.image_expert_ids:
+            feeds["router_types"] = router_types
         if self.logits_last:
             feeds["last_index"] = np.asarray(last_index, np.int64)
         return self._decoder.run(feeds)

@@ -7,7 +7,7 @@ Vision graph inputs (``num_patches`` = all patches of all images, in merge-block
 
     patches           [num_patches, patch_features] T   the processor's pixel_values, see :func:`merge_block_order`
     interp_indices    [num_patches, taps] int64         rows of the learned position table: 4 bilinear taps, or 16 bicubic ones
-    interp_weights    [num_patches, taps] T             their weights
+    interp_weights    [num_patches, taps] T             their weights; neither of the two where the tower has no table
     rope_positions    [num_patches, 2] int64            row and column of each patch in its image
     segment_ids       [num_patches] int64               which frame a patch belongs to; attention stays inside a frame
 
@@ -29,7 +29,7 @@ MASKED = -30000.0
 NaN), and exp() of it is 0 in float32."""
 
 
-_ROPE_KINDS = ("mrope_interleaved", "mrope", "rope")
+_ROPE_KINDS = ("mrope_interleaved", "mrope", "mrope_alternating", "rope")
 
 
 class RopeLike(Protocol):
@@ -80,6 +80,7 @@ class HostSpec:
     num_deepstack: int
     max_seq_len: int
     dtype: np.dtype
+    image_expert_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_runtime_json(cls, runtime: Mapping[str, Any]) -> HostSpec:
@@ -97,6 +98,7 @@ class HostSpec:
                 int(runtime["num_deepstack"]),
                 int(runtime["max_seq_len"]),
                 np.dtype(runtime["dtype"]),
+                tuple(int(token) for token in runtime["image_expert_ids"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"runtime.json: {error!r} is missing or wrong", "export the model again") from None
@@ -105,6 +107,11 @@ class HostSpec:
 def token_types(input_ids: np.ndarray, image_token_id: int) -> np.ndarray:
     """0 at text, 1 at image placeholder tokens; int64, the shape of `input_ids`."""
     return (np.asarray(input_ids) == image_token_id).astype(np.int64)
+
+
+def router_types(input_ids: np.ndarray, image_expert_ids: Sequence[int]) -> np.ndarray:
+    """Whose routed experts each token chooses from: 1 (image) for `image_expert_ids`, else 0; int64, the shape of `input_ids`."""
+    return np.isin(np.asarray(input_ids), image_expert_ids).astype(np.int64)
 
 
 def decoder_positions(
@@ -188,7 +195,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
-    frequencies, then T; plain ones lie one behind the other; without sections the first axis owns all. The other half of head_dim
+    frequencies, then T; plain ones lie one behind the other;
+    alternating ones give H W H W ..., then T; without sections the first axis owns all. The other half of head_dim
     repeats the same angles, which RotaryEmbedding does by itself.
 
     Args:
@@ -207,6 +215,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     axis = np.zeros(half, np.int64)
     if rope.kind == "mrope":
         axis = np.repeat(np.arange(len(rope.sections)), rope.sections)
+    elif rope.kind == "mrope_alternating":
+        axis[: 2 * rope.sections[1]] = np.tile([1, 2], rope.sections[1])
     elif rope.kind == "mrope_interleaved":
         for which in (1, 2):
             axis[which : rope.sections[which] * 3 : 3] = which
@@ -268,9 +278,10 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
     Raises:
         UserError: a grid that merge_size does not divide, a table that is no square, or an unknown interpolation.
     """
-    if vision.position_interpolation not in _AXIS_TAPS:
-        raise UserError(f"position interpolation '{vision.position_interpolation}'", f"supported: {', '.join(_AXIS_TAPS)}")
-    axis_taps = _AXIS_TAPS[vision.position_interpolation]
+    tabled = vision.position_interpolation != "none"
+    if tabled and vision.position_interpolation not in _AXIS_TAPS:
+        raise UserError(f"position interpolation '{vision.position_interpolation}'", f"supported: {', '.join(_AXIS_TAPS)}, none")
+    axis_taps = _AXIS_TAPS[vision.position_interpolation] if tabled else _no_taps
     merge, side = vision.spatial_merge_size, round(vision.num_position_embeddings**0.5)
     if side * side != vision.num_position_embeddings:
         raise UserError(f"num_position_embeddings = {vision.num_position_embeddings} is no square")
@@ -291,12 +302,8 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
         segment += frames
     if not segment:
         raise UserError("no images", "the vision graph is not run for text-only prompts")
-    return {
-        "interp_indices": np.concatenate(indices),
-        "interp_weights": np.concatenate(weights).astype(dtype),
-        "rope_positions": np.concatenate(places),
-        "segment_ids": np.concatenate(segments),
-    }
+    table = {"interp_indices": np.concatenate(indices), "interp_weights": np.concatenate(weights).astype(dtype)}
+    return {**(table if tabled else {}), "rope_positions": np.concatenate(places), "segment_ids": np.concatenate(segments)}
 
 
 def merge_block_order(patches: np.ndarray, image_grid_thw: np.ndarray, vision: VisionLike) -> np.ndarray:
@@ -339,6 +346,11 @@ def _bicubic_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, 
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return taps, np.where(x <= 1, near, far).astype(np.float32)
+
+
+def _no_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """No taps, where there is no table."""
+    return np.zeros((len(index), 0), np.int64), np.zeros((len(index), 0), np.float32)
 
 
 _AXIS_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps}

@@ -170,6 +170,21 @@ class GlmPreprocessor(QwenPreprocessor):
         return Glm4vImageProcessorPil(**settings)
 
 
+class ErniePreprocessor(GlmPreprocessor):
+    """ERNIE-4.5-VL's image processor: Qwen2-VL's with patches of one frame."""
+
+    KINDS = tuple(f"{name}ImageProcessor{form}" for name in ("Ernie4_5_VLMoe", "Ernie4_5_VL_Moe") for form in ("", "Fast", "Pil"))
+
+    image_token = "<|IMAGE_PLACEHOLDER|>"
+    reserved_tokens = ("<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_PLACEHOLDER|>")
+
+    @staticmethod
+    def _build(settings: dict[str, Any]) -> Any:
+        from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
+
+        return Ernie4_5_VLMoeImageProcessorPil(**settings)
+
+
 class NavitPreprocessor:
     """Kimi's image processors: the image's own size, shrunk where it has too many patches, padded to whole merged patches.
 
@@ -248,4 +263,4 @@ class NavitPreprocessor:
         return (min(longest, max(1, int(width * scale))), min(longest, max(1, int(height * scale))))
 
 
-_LOADERS = (QwenPreprocessor, GlmPreprocessor, NavitPreprocessor)
+_LOADERS = (QwenPreprocessor, GlmPreprocessor, ErniePreprocessor, NavitPreprocessor)

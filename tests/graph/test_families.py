@@ -74,7 +74,8 @@ def test_both_graphs_equal_transformers(models, vision, form: str) -> None:
     embeds = host.scatter_features(types, features, embed_tokens(model, torch.from_numpy(ids)).numpy())
     deepstack = [host.scatter_features(types, d) for d in deep]
     positions, deltas = host.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
-    logits = ours.step(embeds, positions, np.zeros(len(samples), np.int64), deepstack)["logits"]
+    kinds = host.router_types(ids, spec.image_expert_ids)
+    logits = ours.step(embeds, positions, np.zeros(len(samples), np.int64), deepstack, types=kinds)["logits"]
     scale = 1e-5 * np.abs(expected).max()
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=2 * scale)
@@ -102,10 +103,11 @@ def test_each_quantized_layer_equals_pytorch(models) -> None:
     lengths = inputs.lengths.numpy()
     positions, _ = host.decoder_positions(inputs.token_types.numpy(), lengths, grids, spec.vision.spatial_merge_size, spec.rope.kind)
     out = Decoder(session(graph), model.spec, SEQ, len(samples)).step(
-        inputs.inputs_embeds.numpy(), positions, np.zeros(len(samples), np.int64), [d.numpy() for d in inputs.deepstack])
+        inputs.inputs_embeds.numpy(), positions, np.zeros(len(samples), np.int64), [d.numpy() for d in inputs.deepstack],
+        types=inputs.router_types.numpy())
     hidden, real = inputs.inputs_embeds, torch.arange(inputs.mask.shape[-1]) < inputs.lengths[:, None]
     for index in range(model.spec.num_layers):
-        expected = load_layer(model, index).forward(hidden, inputs.cos, inputs.sin, inputs.mask)
+        expected = load_layer(model, index).forward(hidden, inputs.cos, inputs.sin, inputs.mask, types=inputs.router_types)
         if index < len(inputs.deepstack):
             expected = expected + inputs.deepstack[index]
         got = torch.from_numpy(out[f"hidden_{index}"])

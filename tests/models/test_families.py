@@ -11,7 +11,7 @@ from ecmfq_export.models.inputs import DecoderInputs, prepare_inputs
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.torch_decoder import LayerCache, load_layer, run_decoder
 from tests.models.test_torch_decoder import close
-from tests.tiny_families import BATCHES, FAMILIES, batch_of, reference_feeds, routers_of
+from tests.tiny_families import BATCHES, FAMILIES, batch_of, reference_feeds, watch_routers
 
 CASES = [(name, "plain", batch) for name in FAMILIES for batch in BATCHES]
 CASES += [(name, variant, "mixed image sizes") for name, family in FAMILIES.items() for variant in family.variants if variant != "plain"]
@@ -23,9 +23,7 @@ def test_equals_transformers(tmp_path: Path, name: str, variant: str, batch: str
     family = FAMILIES[name]
     options, samples = family.variants[variant], batch_of(family, batch)
     theirs = family.build(seed=3, **options)
-    routed: list[tuple[torch.Tensor, ...]] = []
-    for router in routers_of(family, theirs):
-        router.register_forward_hook(lambda module, args, out: routed.append(out))
+    routed = watch_routers(family, theirs)
     expected = theirs(**reference_feeds(family, samples), output_hidden_states=True)
     model = open_model(family.make(tmp_path, seed=3, **options))
     assert model.spec.family == name
@@ -33,26 +31,44 @@ def test_equals_transformers(tmp_path: Path, name: str, variant: str, batch: str
     real = torch.arange(inputs.mask.shape[-1]) < inputs.lengths[:, None]
     hidden = inputs.inputs_embeds
     close(hidden[real], expected.hidden_states[0][real])
-    assert len(routed) == len(model.spec.moe_layers)
+    assert {layer for layer, _ in routed} == set(model.spec.moe_layers)
     for index in range(model.spec.num_layers):
         layer = load_layer(model, index)
         if index in model.spec.moe_layers:
             out, _ = layer.attend(layer.attention_input(hidden), inputs.cos, inputs.sin, inputs.mask)
-            compare_routing(layer, layer.moe_input(hidden + out)[real], routed[model.spec.moe_layers.index(index)], real)
-        hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask)
+            x = layer.moe_input(hidden + out)
+            for kind in range(max(1, len(layer.spec.mlp.type_parts))):
+                own = inputs.router_types == kind if layer.spec.mlp.type_parts else torch.ones_like(real)
+                if (index, kind) in routed:
+                    compare_routing(layer, kind, x, inputs.router_types, routed[index, kind], own, real)
+        hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, types=inputs.router_types)
         if index < len(inputs.deepstack):
             hidden = hidden + inputs.deepstack[index]
     close(run_decoder(model, inputs)[real], expected.logits[real])
 
 
-def compare_routing(layer, x: torch.Tensor, theirs: tuple[torch.Tensor, ...], real: torch.Tensor) -> None:
-    """The same experts with the same weights for every real token; the shared ones behind them."""
-    routing, mlp = layer.route(x), layer.spec.mlp
-    logits, weights, ids = (part[real.flatten()] for part in theirs)
-    order, ours = ids.argsort(-1), routing.topk_ids[:, : mlp.top_k].argsort(-1)
-    assert torch.equal(routing.topk_ids.gather(1, ours), ids.gather(1, order))
-    close(routing.topk_weights.gather(1, ours), weights.gather(1, order))
-    close(routing.logits, logits)
+def compare_routing(layer, kind: int, x, types, theirs: tuple[torch.Tensor, ...], own: torch.Tensor, real: torch.Tensor) -> None:
+    """The same experts with the same weights for every real token of a type; the shared ones behind them.
+
+    Args:
+        x: [B, S, hidden]; types: its token types.
+        theirs: rows of tokens of the type, padding included.
+        own, real: bool [B, S].
+    """
+    mlp, chosen = layer.spec.mlp, (own & real)[own]
+    # Padding is of no type that matters, but it is where transformers' rows are.
+    routing = layer.route(x[own & real], types[own & real])
+    logits, weights, ids = (part[chosen] for part in theirs)
+    parts, widest = (mlp.type_parts or (1,))[kind], max(mlp.type_parts, default=1)
+    first = mlp.experts_per_type * sum(mlp.type_parts[:kind])
+    slots = routing.topk_ids[:, : mlp.top_k].unflatten(1, (mlp.picks, widest))
+    assert bool((slots[:, :, :parts] == slots[:, :, :1] + torch.arange(parts)).all()) and bool((slots[:, :, parts:] == -1).all())
+    experts, gates = (slots[:, :, 0] - first) // parts, routing.topk_weights[:, : mlp.top_k].unflatten(1, (mlp.picks, widest))
+    order, ours = ids.argsort(-1), experts.argsort(-1)
+    assert torch.equal(experts.gather(1, ours), ids.gather(1, order))
+    close(gates[:, :, 0].gather(1, ours), weights.gather(1, order))
+    assert torch.equal(gates, gates[:, :, :1] * (torch.arange(widest) < parts))
+    close(routing.logits[:, first : first + parts * mlp.experts_per_type : parts], logits)
     assert bool((routing.topk_ids[:, mlp.top_k :] == torch.arange(mlp.num_experts, mlp.total_experts)).all())
     assert bool((routing.topk_weights[:, mlp.top_k :] == 1).all())
 
@@ -81,7 +97,8 @@ def test_decoding_with_a_cache(model) -> None:
     for start, stop in [(0, 9), *((i, i + 1) for i in range(9, length))]:
         part = slice(start, stop)
         step = DecoderInputs(inputs.inputs_embeds[:, part], inputs.cos[:, part], inputs.sin[:, part], inputs.mask[:, :, part, :stop],
-                             [d[:, part] for d in inputs.deepstack], inputs.token_types[:, part], inputs.lengths, inputs.deltas)
+                             [d[:, part] for d in inputs.deepstack], inputs.token_types[:, part], inputs.lengths, inputs.deltas,
+                             inputs.router_types[:, part])
         pieces.append(run_decoder(model, step, layers=layers, caches=caches))
     close(torch.cat(pieces, 1), whole)
 
