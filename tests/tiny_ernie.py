@@ -75,8 +75,9 @@ def make_ernie(
     vision_config = model.config.vision_config
     unit = vision_config.patch_size * vision_config.spatial_merge_size
     preprocessor = {
-        "image_processor_type": "Ernie4_5_VLMoeImageProcessor", "size": {"shortest_edge": 4 * unit * unit, "longest_edge": 16 * unit * unit},
-        "patch_size": vision_config.patch_size, "merge_size": vision_config.spatial_merge_size, "temporal_patch_size": 1,
+        "image_processor_type": "Ernie4_5_VLMoeImageProcessor", "patch_size": vision_config.patch_size,
+        "size": {"shortest_edge": 4 * unit * unit, "longest_edge": 16 * unit * unit},
+        "merge_size": vision_config.spatial_merge_size, "temporal_patch_size": 1,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
     (Path(directory) / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

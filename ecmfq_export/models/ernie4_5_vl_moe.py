@@ -144,13 +144,14 @@ def _read_rope(text: ConfigFields, given: dict[str, Any], defaults: Any, head_di
     rope.expect("type", "default", None, why="transformers' class knows no other")
     theta = rope.number("rope_theta")
     # The class's own default where the file names no sections: rows, columns, time.
-    rows, columns, time = (*((22, 22, 20) if rope.take("mrope_section") is None else rope.wholes("mrope_section")), 0, 0, 0)[:3]
+    sections = (22, 22, 20) if rope.take("mrope_section") is None else rope.wholes("mrope_section")
     rope.finish({})
-    if rows != columns or 2 * rows + time != head_dim // 2 or not time:
+    if len(sections) != 3 or sections[0] != sections[1] or sum(sections) != head_dim // 2 or not sections[2]:
         raise UnsupportedError(
-            f"config.json: {rope.label('mrope_section')} = {[rows, columns, time]} of head_dim / 2 = {head_dim // 2} frequencies",
+            f"config.json: {rope.label('mrope_section')} = {list(sections)} of head_dim / 2 = {head_dim // 2} frequencies",
             "expected as many for rows as for columns, some for time, and head_dim / 2 in all",
         )
+    rows, columns, time = sections
     return RopeSpec("mrope_alternating", theta, (time, rows, columns), head_dim)
 
 

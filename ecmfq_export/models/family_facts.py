@@ -78,6 +78,16 @@ FACTS: Mapping[str, FamilyFacts] = {
         "sigmoid, selection bias, groups, scaling, shared experts", "GLM-4.1V tower, bicubic position table",
         (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE), (_VIDEO, _ROPE, "norms of queries and keys (use_qk_norm)"), "GLM-4.5V",
     ),
+    "ernie4_5_vl_moe": FamilyFacts(
+        "ERNIE-4.5-VL-MoE", ("ERNIE-4.5-VL-28B-A3B-PT in transformers 5's form",),
+        "grouped-query; rotary pairs, MRoPE of alternating rows and columns",
+        "text tokens and image tokens have routers and experts of their own: softmax, selection bias, renormalized; shared experts",
+        "axial rotary tower without a position table, resampler", (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
+        (_VIDEO, _ROPE, "biases of projections and experts (use_bias)", "rotation of the residual stream (rotate), since the resampler "
+         "ends in a norm"),
+        note="one plugin node a layer holds the experts of both types: a text expert, wider than an image expert, is cut into pieces of "
+             "the common width, each in a slot of its own; slots that an image token leaves empty cost nothing",
+    ),
     "kimi_vl": FamilyFacts(
         "Kimi-VL", ("Kimi-VL-A3B-Instruct", "Kimi-VL-A3B-Thinking"), **_KIMI, refused=(_ROPE,), headers="Kimi-VL-A3B-Instruct",
         note="needs a tokenizer.json (the published tokenizer is a tiktoken file)",
@@ -93,7 +103,6 @@ _DENSE = "its decoder is dense: there are no routed experts"
 _TEXT = "a text model: there is no vision tower"
 
 REFUSED: Mapping[str, str] = {
-    "ernie4_5_vl_moe": "text and image tokens have routers and experts of their own, of different widths",
     "aria": "image features come from a resampler with learned queries, whose number is not that of merged patches",
     "gemma4": "window and full attention layers with rotary embeddings of their own, norms around every part, tanh-GELU experts",
     "qwen3_5_moe": "most layers have linear attention with a recurrent state",

@@ -88,6 +88,20 @@ def test_in_float64(model) -> None:
     torch.testing.assert_close(run_decoder(model, inputs).double(), theirs(**feeds).logits, atol=2e-5, rtol=0)
 
 
+def test_routing_by_type_asks_for_types(model) -> None:
+    layer = load_layer(model, model.spec.moe_layers[0])
+    x = torch.zeros(3, model.spec.hidden_size)
+    if layer.spec.mlp.type_parts:
+        with pytest.raises(ValueError, match="token types"):
+            layer.route(x)
+        routing = layer.route(x, torch.tensor([0, 1, 0]))
+        where = layer.dispatch(routing)
+        parts, picks, shared = layer.spec.mlp.type_parts, layer.spec.mlp.picks, layer.spec.mlp.num_shared_experts
+        assert torch.bincount(where.token).tolist() == [picks * parts[kind] + shared for kind in (0, 1, 0)]
+    else:
+        assert bool((layer.route(x).topk_ids >= 0).all())
+
+
 @torch.no_grad()
 def test_decoding_with_a_cache(model) -> None:
     inputs = prepare_inputs(model, batch_of(FAMILIES[model.spec.family], "mixed image sizes")[:1])

@@ -7,10 +7,12 @@ import json
 from typing import Any
 
 import pytest
+from transformers import Ernie4_5_VLMoeConfig, Glm4vMoeConfig
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.registry import SUPPORTED
 from tests.models.test_config_fields import changed, fields, flipped, spec_of, value_at
+from tests.tiny_ernie import ernie_config
 from tests.tiny_glm import glm_config
 from tests.tiny_omni import omni_config
 
@@ -40,7 +42,8 @@ OMNI = saved(_OMNI, "Qwen3OmniMoeForConditionalGeneration")
 THINKER = saved(_OMNI.thinker_config, "Qwen3OmniMoeThinkerForConditionalGeneration")
 # One pixel more is one patch more.
 GLM = saved(glm_config(vision={"image_size": 27}), "Glm4vMoeForConditionalGeneration")
-BASES = {base["model_type"]: base for base in (OMNI, THINKER, GLM)}
+ERNIE = saved(ernie_config(), "Ernie4_5_VLMoeForConditionalGeneration")
+BASES = {base["model_type"]: base for base in (OMNI, THINKER, GLM, ERNIE)}
 CASES = [pytest.param(base, path, id=f"{name}: {path}") for name, base in BASES.items() for path in fields(base)]
 
 
@@ -48,7 +51,7 @@ CASES = [pytest.param(base, path, id=f"{name}: {path}") for name, base in BASES.
 def test_no_field_goes_unnoticed(base: dict[str, Any], path: str) -> None:
     family, last = SUPPORTED[base["model_type"]], path.split(".")[-1]
     config = changed(path, flipped(value_at(base, path)), base)
-    if last in HARMLESS:
+    if last in HARMLESS or (base is ERNIE and path == "text_config.tie_word_embeddings"):
         assert spec_of(config) == spec_of(base)
         return
     try:
@@ -70,17 +73,19 @@ def test_unknown_fields_are_refused(base: dict[str, Any], where: str) -> None:
         spec_of(changed(path + "expert_score_power", 2, base))
 
 
-@pytest.mark.parametrize("path", [path for path in fields(GLM) if path != "model_type"])
-def test_absent_fields_of_glm_take_transformers_defaults(path: str) -> None:
-    config = changed(path, ..., GLM)
+CLASSES = {"glm4v_moe": Glm4vMoeConfig, "ernie4_5_vl_moe": Ernie4_5_VLMoeConfig}
+ABSENT = [(BASES[name], path) for name in CLASSES for path in fields(BASES[name]) if path != "model_type"]
+
+
+@pytest.mark.parametrize(("base", "path"), ABSENT, ids=[f"{base['model_type']}: {path}" for base, path in ABSENT])
+def test_absent_fields_take_transformers_defaults(base: dict[str, Any], path: str) -> None:
+    config = changed(path, ..., base)
     try:
         spec = spec_of(config)
     except UserError:
         return
-    from transformers import Glm4vMoeConfig
-
-    filled = Glm4vMoeConfig(**{key: value for key, value in copy.deepcopy(config).items() if key != "model_type"})
-    assert spec == spec_of(saved(filled, "Glm4vMoeForConditionalGeneration"))
+    given = {key: value for key, value in copy.deepcopy(config).items() if key != "model_type"}
+    assert spec == spec_of(saved(CLASSES[base["model_type"]](**given), base["architectures"][0]))
 
 
 REFUSED = [
@@ -107,6 +112,17 @@ REFUSED = [
     (GLM, "vision_config.out_hidden_size", 96, "out_hidden_size 96"),
     (GLM, "vision_config.num_heads", 5, "5 heads"),
     (GLM, "image_token_id", 288, "outside vocab_size"),
+    (ERNIE, "text_config.use_bias", True, "no place in the kernels"),
+    (ERNIE, "text_config.moe_intermediate_size", [96], "expected two widths"),
+    (ERNIE, "text_config.moe_intermediate_size", [96, 0], "expected two widths"),
+    (ERNIE, "text_config.moe_k", 7, "moe_k = 7 of moe_num_experts = 6"),
+    (ERNIE, "text_config.mlp_layer_types", ["dense", "linear"], "dense or sparse"),
+    (ERNIE, "text_config.rope_parameters.mrope_section", [8, 4, 4], "as many for rows"),
+    (ERNIE, "text_config.rope_parameters.mrope_section", [8, 8], "as many for rows"),
+    (ERNIE, "text_config.num_experts", 7, "num_experts = 7"),
+    (ERNIE, "vision_config.temporal_merge_size", 3, "resampler"),
+    (ERNIE, "vision_config.hidden_act", "gelu", "no such tower"),
+    (ERNIE, "image_token_id", 288, "outside vocab_size"),
 ]
 
 
