@@ -31,11 +31,11 @@ _CHAT_TEMPLATE = (
 def ernie_config(*, vision: dict[str, Any] | None = None, tie_word_embeddings: bool = True, **text: Any) -> Ernie4_5_VLMoeConfig:
     """The configuration of the tiny model; `text` and `vision` override single fields of the sub-configurations.
 
-    Dimensions: hidden 128, text experts 96 and image experts 32 wide, 6 of each, top-2, 1 shared expert, dense intermediate 160, 2
+    Dimensions: hidden 128, text experts 192 and image experts 96 wide, 6 of each, top-2, 1 shared expert, dense intermediate 160, 2
     layers of which the first is dense, 6 heads of 32 over 2 key/value heads, vocabulary 288; vision hidden 48, depth 2, patch 4, merge 2.
     """
     text_config = {
-        "vocab_size": 288, "hidden_size": 128, "intermediate_size": 160, "moe_intermediate_size": [96, 32], "num_hidden_layers": 2,
+        "vocab_size": 288, "hidden_size": 128, "intermediate_size": 160, "moe_intermediate_size": [192, 96], "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 1,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "eos_token_id": TOKENS["</s>"], "pad_token_id": 256,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]},

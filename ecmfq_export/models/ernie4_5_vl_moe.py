@@ -117,7 +117,8 @@ def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec
     num_layers = text.whole("num_hidden_layers", maximum=MAX_LAYERS)
     kinds = text.take("mlp_layer_types")
     if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {"dense", "sparse"}:
-        raise CheckpointError(f"config.json: {text.label('mlp_layer_types')} = {kinds!r}", f"expected dense or sparse, {num_layers} times")
+        raise CheckpointError(f"config.json: {text.label('mlp_layer_types')} = {kinds!r}, num_hidden_layers = {num_layers}",
+                              "expected dense or sparse for each layer")
     return tuple(DecoderLayerSpec(i, attention, moe if kind == "sparse" else dense) for i, kind in enumerate(kinds))
 
 

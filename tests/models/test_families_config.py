@@ -116,7 +116,7 @@ REFUSED = [
     (ERNIE, "text_config.moe_intermediate_size", [96], "expected two widths"),
     (ERNIE, "text_config.moe_intermediate_size", [96, 0], "expected two widths"),
     (ERNIE, "text_config.moe_k", 7, "moe_k = 7 of moe_num_experts = 6"),
-    (ERNIE, "text_config.mlp_layer_types", ["dense", "linear"], "dense or sparse"),
+    (ERNIE, "text_config.mlp_layer_types", ["dense", "linear"], "expected dense or sparse"),
     (ERNIE, "text_config.rope_parameters.mrope_section", [8, 4, 4], "as many for rows"),
     (ERNIE, "text_config.rope_parameters.mrope_section", [8, 8], "as many for rows"),
     (ERNIE, "text_config.num_experts", 7, "num_experts = 7"),
