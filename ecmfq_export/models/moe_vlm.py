@@ -66,7 +66,7 @@ def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
             source.check(checkpoint)
         else:
             check_source(checkpoint, source)
-    floats = [source for source in sources.values() if isinstance(source, FloatSource | ExpertsSource)]
+    floats = [source for source in sources.values() if isinstance(source, FloatSource | ExpertsSource | JoinedSource)]
     check_one_half_type(checkpoint, [disk for source in floats for disk in source.disk_shapes()])
     return MoEVLM(path, config, family, spec, checkpoint, shapes, sources, quantization, tuple(unused), form)
 
@@ -193,7 +193,7 @@ class MoEVLM:
     def stored_bytes(self, name: str) -> int:
         """Bytes on disk of the tensors that hold `name`, scales among them."""
         source = self._source(name)
-        parts = source.disk_shapes() if isinstance(source, FloatSource | ExpertsSource) else source.disk_names()
+        parts = source.disk_shapes() if isinstance(source, FloatSource | ExpertsSource | JoinedSource) else source.disk_names()
         return sum(self.checkpoint.entry(part).num_bytes for part in parts)
 
     def has_int8(self, name: str) -> bool:
@@ -311,11 +311,11 @@ def _mla_shapes(spec: MlaSpec, hidden: int) -> dict[str, tuple[int, ...]]:
 def _float_source(
     checkpoint: Checkpoint, family: Family, spec: ModelSpec, name: str, shape: tuple[int, ...], layout: ExpertLayout,
     modules: tuple[ExpertPart, ...],
-) -> FloatSource | ExpertsSource:
+) -> FloatSource | ExpertsSource | JoinedSource:
     """Where a tensor lies in floating point; `modules` are those of its linear weights where a quantizer took experts apart."""
     disk = family.disk_name(name)
     if not name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
-        return FloatSource(disk, shape)
+        return family.joined(spec, name) or FloatSource(disk, shape)
     parts = family.expert_parts(spec, name)
     if not parts and modules and disk not in checkpoint:
         parts = modules
