@@ -87,7 +87,8 @@ class DecoderSession:
         """Whether the graph is the one that ``runtime.json`` describes, before its sizes are allocated."""
         cache = [f"past_{kind}_{layer}" for layer in range(self.num_layers) for kind in ("key", "value")]
         wanted = {"inputs_embeds", "rope_cos", "rope_sin", "attention_mask", "write_indices", *cache,
-                  *(f"deepstack_{i}" for i in range(self.spec.num_deepstack)), *(["last_index"] if self.logits_last else [])}
+                  *(f"deepstack_{i}" for i in range(self.spec.num_deepstack)), *(["last_index"] if self.logits_last else []),
+                  *(["router_types"] if self.spec.image_expert_ids else [])}
         wrong = sorted(wanted ^ set(decoder.input_names))
         if wrong:
             raise BundleError(f"{self.directory}: {len(wrong)} inputs differ between {RUNTIME_JSON} and the decoder's graph, first "

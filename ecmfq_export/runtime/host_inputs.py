@@ -98,7 +98,7 @@ class HostSpec:
                 int(runtime["num_deepstack"]),
                 int(runtime["max_seq_len"]),
                 np.dtype(runtime["dtype"]),
-                tuple(int(token) for token in runtime["image_expert_ids"]),
+                tuple(int(token) for token in runtime.get("image_expert_ids", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"runtime.json: {error!r} is missing or wrong", "export the model again") from None
