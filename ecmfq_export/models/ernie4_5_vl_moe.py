@@ -190,10 +190,15 @@ def _read_vision(given: dict[str, Any], defaults: Any, hidden_size: int) -> Visi
 
 
 def disk_name(name: str) -> str:
-    """Canonical name (spec.py) to the name on disk, the same in published checkpoints and in what transformers saves."""
+    """Canonical name (spec.py) to the name on disk as transformers saves it."""
     if name.startswith("vision."):
         return "model." + ernie_vision.disk_name(name.removeprefix("vision."))
     return name if name.startswith("lm_head.") else "model." + name.replace(".mlp.router.", ".mlp.gate.")
+
+
+def published_name(name: str) -> str:
+    """A name on disk to the one in published checkpoints, whose tower stands beside the model."""
+    return name.removeprefix("model.") if name.startswith("model.vision_model.") else name
 
 
 def joined(spec: ModelSpec, name: str) -> JoinedSource | None:

@@ -84,9 +84,10 @@ FACTS: Mapping[str, FamilyFacts] = {
         "text tokens and image tokens have routers and experts of their own: softmax, selection bias, renormalized; shared experts",
         "axial rotary tower without a position table, resampler", (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
         (_VIDEO, _ROPE, "biases of projections and experts (use_bias)", "rotation of the residual stream (rotate), since the resampler "
-         "ends in a norm"),
+         "ends in a norm"), "ERNIE-4.5-VL-28B-A3B-PT",
         note="one plugin node a layer holds the experts of both types: a text expert, wider than an image expert, is cut into pieces of "
-             "the common width, each in a slot of its own; slots that an image token leaves empty cost nothing",
+             "the common width, each in a slot of its own; slots that an image token leaves empty cost the plugin nothing; needs "
+             "transformers 5's config.json and a tokenizer.json (the published ones are remote code's and SentencePiece's)",
     ),
     "kimi_vl": FamilyFacts(
         "Kimi-VL", ("Kimi-VL-A3B-Instruct", "Kimi-VL-A3B-Thinking"), **_KIMI, refused=(_ROPE,), headers="Kimi-VL-A3B-Instruct",
@@ -103,6 +104,8 @@ _DENSE = "its decoder is dense: there are no routed experts"
 _TEXT = "a text model: there is no vision tower"
 
 REFUSED: Mapping[str, str] = {
+    "ernie4_5_moe_vl": "the remote code's config.json of ERNIE-4.5-VL; the tensors are those of ernie4_5_vl_moe, which is the config.json "
+                       "that transformers 5 makes of it",
     "aria": "image features come from a resampler with learned queries, whose number is not that of merged patches",
     "gemma4": "window and full attention layers with rotary embeddings of their own, norms around every part, tanh-GELU experts",
     "qwen3_5_moe": "most layers have linear attention with a recurrent state",

@@ -315,7 +315,8 @@ def _float_source(
     """Where a tensor lies in floating point; `modules` are those of its linear weights where a quantizer took experts apart."""
     disk = family.disk_name(name)
     if not name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
-        return family.joined(spec, name) or FloatSource(disk, shape)
+        published = family.published_name(disk)
+        return family.joined(spec, name) or FloatSource(published if disk not in checkpoint and published in checkpoint else disk, shape)
     parts = family.expert_parts(spec, name)
     if not parts and modules and disk not in checkpoint:
         parts = modules

@@ -234,7 +234,8 @@ def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[st
                 scheme = schemes.get(name)
                 (ignore if scheme is None else targets.setdefault(scheme, [])).extend(flat)
     ignore += sorted(
-        _modules(model, name)[0][0] for name in model.names() if name.startswith("vision.") and _modules(model, name)
+        model.float_source(name).name.removesuffix(".weight")
+        for name in model.names() if name.startswith("vision.") and _modules(model, name)
     )
     ignore += [
         model.family.disk_name(name).removesuffix(".weight") for name in model.names() if name.endswith("mlp.router.weight")

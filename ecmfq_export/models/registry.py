@@ -40,6 +40,7 @@ class Family:
             stream: weight and bias of its last projections.
         unused: prefixes of names on disk to what their tensors are for, where text and images do not need them.
         joined: a canonical tensor that several tensors on disk make, or one in another shape; None for any other.
+        published_name: a name on disk, as transformers saves it, to the one in published checkpoints, where that is another.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Family:
     residual_writers: Callable[[ModelSpec], tuple[str, ...]]
     unused: Mapping[str, str] = field(default_factory=dict)
     joined: Callable[[ModelSpec, str], JoinedSource | None] = lambda spec, name: None
+    published_name: Callable[[str], str] = lambda name: name
 
 
 def _one_tensor(spec: ModelSpec, name: str) -> tuple[ExpertPart, ...]:
@@ -127,6 +129,7 @@ SUPPORTED: Mapping[str, Family] = {
         finish_vision=ernie_vision.finish,
         residual_writers=ernie4_5_vl_moe.residual_writers,
         joined=ernie4_5_vl_moe.joined,
+        published_name=ernie4_5_vl_moe.published_name,
     ),
     "kimi_vl": Family(
         name="kimi_vl",
