@@ -130,10 +130,6 @@ class HostedErnieTower(HostedTower):
     def rotary(self) -> nn.Module:
         return self.tower.vision_tower.rotary_pos_emb
 
-    @staticmethod
-    def project_qkv(attn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return attn.qkv(x).chunk(3, dim=-1)
-
     def forward(self, patches: torch.Tensor, rope_positions: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Features of merged patches; see the module's docstring."""
         tower, resampler = self.tower.vision_tower, self.tower.resampler_model
