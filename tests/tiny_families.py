@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ecmfq_export.runtime.sample import ProcessedSample
+from tests.tiny_aria import aria_config, aria_feeds, aria_sample, build_aria, make_aria
 from tests.tiny_ernie import build_ernie, ernie_config, ernie_sample, ernie_types, make_ernie
 from tests.tiny_glm import TOKENS as GLM_TOKENS
 from tests.tiny_glm import build_glm, glm_config, glm_sample, make_glm
@@ -105,10 +106,21 @@ _ERNIE_VARIANTS = {
     "image experts wider, two shared": {"moe_intermediate_size": [64, 96], "moe_num_shared_experts": 2, "moe_k": 3},
 }  # fmt: skip
 
+def _aria(seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    return build_aria(aria_config(**overrides), seed)
+
+
+_ARIA_VARIANTS = {
+    "plain": {},
+    "biases, tied": {"attention_bias": True, "tie_word_embeddings": True},
+    "one shared expert, top-4, a larger table": {"moe_num_shared_experts": 1, "moe_topk": 4, "vision": {"image_size": 560}},
+}  # fmt: skip
+
 FAMILIES = {
     "qwen3_omni_moe": TinyFamily(make_qwen3_omni, _omni, variants=_OMNI_VARIANTS),
     "qwen3_omni_moe_thinker": TinyFamily(make_qwen3_omni_thinker, _omni),
     "ernie4_5_vl_moe": TinyFamily(make_ernie, _ernie, ernie_sample, ernie_types, _ERNIE_VARIANTS, ("text_moe.gate", "vision_moe.gate")),
+    "aria": TinyFamily(make_aria, _aria, aria_sample, aria_feeds, _ARIA_VARIANTS, ("mlp.router",)),
     "glm4v_moe": TinyFamily(make_glm, _glm, glm_sample, _token_types(GLM_TOKENS["<|image|>"]), _GLM_VARIANTS),
 }
 """By ``model_type``."""

@@ -68,7 +68,7 @@ def runtime_facts(
             "temporal_patch_size": vision.temporal_patch_size, "in_channels": vision.in_channels,
             "spatial_merge_size": vision.spatial_merge_size, "num_position_embeddings": vision.num_position_embeddings,
             "out_hidden_size": vision.out_hidden_size, "position_interpolation": vision.position_interpolation,
-            "patch_order": vision.patch_order,
+            "patch_order": vision.patch_order, "queries": [list(pair) for pair in vision.queries],
         },
         "image_token_id": spec.image_token_id,
         "video_token_id": spec.video_token_id,

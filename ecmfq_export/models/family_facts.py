@@ -89,6 +89,15 @@ FACTS: Mapping[str, FamilyFacts] = {
              "the common width, each in a slot of its own; slots that an image token leaves empty cost the plugin nothing; needs "
              "transformers 5's config.json and a tokenizer.json (the published ones are remote code's and SentencePiece's)",
     ),
+    "aria": FamilyFacts(
+        "Aria", ("Aria in transformers' form",), "grouped-query, with or without biases; plain rotary embedding",
+        "softmax over the selected, shared experts", "Idefics3 tower, one table entry a patch, projector of learned queries",
+        (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
+        (_ROPE, "biases of experts (mlp_bias)", "crops of an image (split_image)", "another layer's features (vision_feature_layer)"),
+        left_out="norm behind the vision tower, whose features are taken in front of it: copied unchanged into the quantized checkpoint",
+        note="an image is as many tokens as queries read its canvas (128 of 490 pixels, 256 of 980); patches of the canvas that the image "
+             "leaves free, which transformers masks, are not computed; the vision graph takes the largest canvas (4900 patches) at least",
+    ),
     "kimi_vl": FamilyFacts(
         "Kimi-VL", ("Kimi-VL-A3B-Instruct", "Kimi-VL-A3B-Thinking"), **_KIMI, refused=(_ROPE,), headers="Kimi-VL-A3B-Instruct",
         note="needs a tokenizer.json (the published tokenizer is a tiktoken file)",
@@ -106,7 +115,6 @@ _TEXT = "a text model: there is no vision tower"
 REFUSED: Mapping[str, str] = {
     "ernie4_5_moe_vl": "the remote code's config.json of ERNIE-4.5-VL; the tensors are those of ernie4_5_vl_moe, which is the config.json "
                        "that transformers 5 makes of it",
-    "aria": "image features come from a resampler with learned queries, whose number is not that of merged patches",
     "gemma4": "window and full attention layers with rotary embeddings of their own, norms around every part, tanh-GELU experts",
     "qwen3_5_moe": "most layers have linear attention with a recurrent state",
     "llama4": "chunked attention, and router weights that scale the experts' inputs",

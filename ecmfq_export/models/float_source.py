@@ -62,6 +62,7 @@ class ExpertPart:
         expert: the first expert that it fills.
         rows: of the expert's matrix.
         region: of the tensor on disk, one slice an axis; empty for all of it (always, where it stacks experts).
+        transposed: whether the matrices that it stacks lie as [in, out] on disk.
     """
 
     name: str
@@ -69,10 +70,17 @@ class ExpertPart:
     expert: int
     rows: slice
     region: tuple[slice, ...] = ()
+    transposed: bool = False
 
     @property
     def num_experts(self) -> int:
         return self.shape[0] if len(self.shape) == 3 else 1
+
+    def on_disk(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows [num_experts, ...] of its experts in the form of the region on disk."""
+        if len(self.shape) == 2:
+            return values[0]
+        return values.transpose(1, 2) if self.transposed else values
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class ExpertsSource:
         for part, first, last in self._overlapping(start, stop):
             if len(part.shape) == 3:
                 values = checkpoint.load_rows(part.name, first - part.expert, last - part.expert)
+                values = values.transpose(1, 2) if part.transposed else values
             else:
                 values = checkpoint.load(part.name)[part.region]
             tensor[first - start : last - start, part.rows] = values
@@ -116,7 +125,7 @@ class ExpertsSource:
         files = {name: tensor.new_empty(shape) for name, shape in self.disk_shapes().items()}
         for part in self.parts:
             values = tensor[part.expert : part.expert + part.num_experts, part.rows]
-            files[part.name][part.region] = values if len(part.shape) == 3 else values[0]
+            files[part.name][part.region] = part.on_disk(values)
         return files
 
     def part(self, disk_name: str, experts: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
@@ -126,7 +135,7 @@ class ExpertsSource:
         for part in parts:
             values = experts(part.expert, part.expert + part.num_experts)[:, part.rows]
             made = values.new_empty(part.shape) if made is None else made
-            made[part.region] = values if len(part.shape) == 3 else values[0]
+            made[part.region] = part.on_disk(values)
         if made is None:
             raise ValueError(f"'{disk_name}' is no part of these experts")
         return made

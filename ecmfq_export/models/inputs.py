@@ -87,7 +87,8 @@ def prepare_inputs(
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     grids = [sample.image_grid_thw for sample in samples if sample.image_grid_thw is not None]
     grid = np.concatenate(grids) if grids else None
-    positions, deltas = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
+    positions, deltas = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind,
+                                                      spec.vision.queries)
     cos, sin = rotary_tables(spec, positions, dtype)
     embeds = embed_tokens(model, torch.from_numpy(ids)).to(dtype)
     deepstack = [torch.zeros_like(embeds) for _ in range(spec.num_deepstack)]

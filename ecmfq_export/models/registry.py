@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.json_file import read_json
-from ecmfq_export.models import ernie4_5_vl_moe, ernie_vision, glm4v_moe, kimi_vision, kimi_vl, qwen3_omni_moe, qwen3_vl_moe
+from ecmfq_export.models import (
+    aria,
+    aria_vision,
+    ernie4_5_vl_moe,
+    ernie_vision,
+    glm4v_moe,
+    kimi_vision,
+    kimi_vl,
+    qwen3_omni_moe,
+    qwen3_vl_moe,
+)
 from ecmfq_export.models.family_facts import REFUSED
 from ecmfq_export.models.float_source import ExpertPart, JoinedSource
 from ecmfq_export.models.spec import ModelSpec
@@ -130,6 +140,19 @@ SUPPORTED: Mapping[str, Family] = {
         residual_writers=ernie4_5_vl_moe.residual_writers,
         joined=ernie4_5_vl_moe.joined,
         published_name=ernie4_5_vl_moe.published_name,
+    ),
+    "aria": Family(
+        name="aria",
+        model_type="aria",
+        read_spec=aria.read_spec,
+        disk_name=aria.disk_name,
+        expert_parts=aria.expert_parts,
+        vision_shapes=aria.vision_shapes,
+        build_vision=aria.build_vision,
+        vision_state=_same_state,
+        finish_vision=aria_vision.finish,
+        residual_writers=aria.residual_writers,
+        unused=aria.UNUSED,
     ),
     "kimi_vl": Family(
         name="kimi_vl",

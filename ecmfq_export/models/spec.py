@@ -237,9 +237,11 @@ class VisionSpec:
 
     Attributes:
         num_position_embeddings: entries of the learned square position table.
-        position_interpolation: how the table is resampled: ``bilinear`` with aligned corners, ``bicubic`` without, or ``none`` where
-            the tower has no table.
+        position_interpolation: how the table is resampled: ``bilinear`` with aligned corners, ``bicubic`` without, ``bucket`` where each
+            patch takes one entry, or ``none`` where the tower has no table.
         patch_order: of the processor's patches: ``merge_block`` (those that are merged are adjacent) or ``raster``.
+        queries: where image tokens come from learned queries instead of merged patches (Aria): pairs of the patches of a square canvas,
+            whose side is an image's longer one, and how many queries read it. Such towers have no rotary embedding.
     """
 
     hidden_size: int
@@ -252,8 +254,9 @@ class VisionSpec:
     out_hidden_size: int
     num_position_embeddings: int
     deepstack_layers: tuple[int, ...]
-    position_interpolation: Literal["bilinear", "bicubic", "none"] = "bilinear"
+    position_interpolation: Literal["bilinear", "bicubic", "bucket", "none"] = "bilinear"
     patch_order: Literal["merge_block", "raster"] = "merge_block"
+    queries: tuple[tuple[int, int], ...] = ()
 
     @property
     def patch_features(self) -> int:
@@ -263,7 +266,7 @@ class VisionSpec:
     @property
     def position_taps(self) -> int:
         """Entries of the position table that one patch reads."""
-        return {"bilinear": 4, "bicubic": 16, "none": 0}[self.position_interpolation]
+        return {"bilinear": 4, "bicubic": 16, "bucket": 1, "none": 0}[self.position_interpolation]
 
 
 @dataclass(frozen=True)

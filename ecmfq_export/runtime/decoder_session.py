@@ -252,7 +252,8 @@ class DecoderSession:
         types[np.arange(ids.shape[1]) >= lengths[:, None]] = 0
         grids = [s.image_grid_thw for s in samples if s.image_grid_thw is not None]
         positions, deltas = host.decoder_positions(
-            types, lengths, np.concatenate(grids) if grids else None, self.spec.vision.spatial_merge_size, self.spec.rope.kind
+            types, lengths, np.concatenate(grids) if grids else None, self.spec.vision.spatial_merge_size, self.spec.rope.kind,
+            self.spec.vision.queries,
         )
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
@@ -320,9 +321,11 @@ class DecoderSession:
         names = ["image_features", *(f"deepstack_{i}" for i in range(self.spec.num_deepstack))]
         parts: list[list[np.ndarray]] = []
         start = at = 0
+        # An engine's profile has room for the queries of one image.
+        together = 0 if self.spec.vision.queries else _VISION_BATCH_PATCHES
         while start < len(grids):
             stop = start + 1
-            while stop < len(grids) and sizes[start : stop + 1].sum() <= _VISION_BATCH_PATCHES:
+            while stop < len(grids) and sizes[start : stop + 1].sum() <= together:
                 stop += 1
             count = int(sizes[start:stop].sum())
             feeds = host.vision_inputs(grids[start:stop], self.spec.vision, self.dtype)

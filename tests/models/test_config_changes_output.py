@@ -21,6 +21,7 @@ from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.runtime.sample import ProcessedSample
 from tests.models import test_config_fields, test_families_config, test_kimi_config
 from tests.models.test_config_fields import changed, fields, flipped, value_at
+from tests.tiny_aria import aria_sample, make_aria
 from tests.tiny_ernie import ernie_sample, make_ernie
 from tests.tiny_glm import glm_sample, make_glm
 from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
@@ -36,7 +37,10 @@ PLACEHOLDERS = {"video_token_id", "vision_start_token_id", "vision_end_token_id"
 SECTIONS = {"architectures", "id2label", "label2id"}
 """transformers writes them into sections too, where nobody reads them."""
 
-DECIDE: dict[str, set[str]] = {"ernie4_5_vl_moe": {"moe_k", "moe_norm_min", "image_start_token_id", "image_end_token_id"}}
+DECIDE: dict[str, set[str]] = {
+    "ernie4_5_vl_moe": {"moe_k", "moe_norm_min", "image_start_token_id", "image_end_token_id"},
+    "aria": {"moe_topk", "projector_patch_to_query_dict", "vision_feature_layer"},
+}
 """Fields that decide where tokens go, and with what weight, where they are not `_DECIDE`."""
 
 _DECIDE = {"num_experts_per_tok", "norm_topk_prob"}
@@ -55,6 +59,8 @@ FAMILIES: dict[str, tuple[Callable[..., Path], Callable[..., ProcessedSample], s
     "glm4v_moe": (partial(make_glm, vision={"image_size": 27}), glm_sample,
                   test_families_config.HARMLESS | {"image_start_token_id", "image_end_token_id"}),
     "ernie4_5_vl_moe": (make_ernie, ernie_sample, test_families_config.HARMLESS | {"text_config.tie_word_embeddings"}),
+    "aria": (partial(make_aria, vision={"image_size": 559}), aria_sample,
+             test_families_config.HARMLESS | {"text_config.tie_word_embeddings"}),
 }
 
 

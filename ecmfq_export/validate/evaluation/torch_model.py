@@ -219,7 +219,8 @@ class _Prefixes:
         for row, tokens in enumerate(expanded):
             types[row, : len(tokens)] = host_inputs.token_types(tokens, spec.image_token_id)
         grids = np.concatenate([f.grid for f in features])
-        positions, self.deltas = host_inputs.decoder_positions(types, self.lengths, grids, spec.vision.spatial_merge_size, spec.rope.kind)
+        positions, self.deltas = host_inputs.decoder_positions(
+            types, self.lengths, grids, spec.vision.spatial_merge_size, spec.rope.kind, spec.vision.queries)
         stacked = torch.cat([f.features for f in features], dim=1)
         where = torch.from_numpy(types).bool()
         if int(where.sum()) != stacked.shape[1]:
