@@ -24,6 +24,7 @@ from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint
 from tests.graph.helpers import Decoder, session
 from tests.graph.test_kimi import VARIANTS
 from tests.interop.checkpoints import make
+from tests.tiny_aria import make_aria
 from tests.tiny_ernie import make_ernie
 from tests.tiny_kimi import make_kimi_vl
 
@@ -72,6 +73,10 @@ def test_two_level_scales(tmp_path) -> None:
 def test_every_router_is_ours(tmp_path, variant: str) -> None:
     """Sigmoid scores with selection bias and scaling, groups, no renormalization, shared experts."""
     check(quantized_checkpoint(tmp_path, attention=4, make=make_kimi_vl, **VARIANTS[variant])[1])
+
+
+def test_experts_that_lie_transposed(tmp_path) -> None:
+    check(quantized_checkpoint(tmp_path, attention=4, make=make_aria)[1])
 
 
 @pytest.mark.parametrize("widths", [[64, 32], [32, 64]])

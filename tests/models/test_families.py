@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ecmfq_export.models.float_source import ExpertsSource
 from ecmfq_export.models.inputs import DecoderInputs, prepare_inputs
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.torch_decoder import LayerCache, load_layer, run_decoder
@@ -124,3 +125,16 @@ def test_every_weight_reads_back(model) -> None:
         assert tuple(tensor.shape) == model.shape(name) and bool(torch.isfinite(tensor).all())
         if len(tensor) > 2:
             assert torch.equal(model.tensor_rows(name, 1, 3), tensor[1:3]), name
+
+
+def test_every_weight_writes_back(model) -> None:
+    """What is written of a tensor, all at once or part by part, is what lies on disk."""
+    for name in model.names():
+        source = model.float_source(name)
+        files = source.split(model.tensor(name))
+        assert set(files) == set(source.disk_shapes())
+        for disk, tensor in files.items():
+            stored = model.checkpoint.load(disk)
+            assert torch.equal(tensor, stored), disk
+            if isinstance(source, ExpertsSource):
+                assert torch.equal(source.part(disk, lambda start, stop, name=name: model.tensor_rows(name, start, stop)), stored), disk
