@@ -94,6 +94,7 @@ FACTS: Mapping[str, FamilyFacts] = {
         "softmax over the selected, shared experts", "Idefics3 tower, one table entry a patch, projector of learned queries",
         (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
         (_ROPE, "biases of experts (mlp_bias)", "crops of an image (split_image)", "another layer's features (vision_feature_layer)"),
+        "Aria",
         left_out="norm behind the vision tower, whose features are taken in front of it: copied unchanged into the quantized checkpoint",
         note="an image is as many tokens as queries read its canvas (128 of 490 pixels, 256 of 980); patches of the canvas that the image "
              "leaves free, which transformers masks, are not computed; the vision graph takes the largest canvas (4900 patches) at least",

@@ -2,7 +2,8 @@
 
 ``published_tensors.json`` holds facts: each model's config.json, and its tensors as patterns (``{0:27}`` counts, ``{a,b}`` lists),
 written down from what public loaders of these checkpoints ask for. ERNIE's config is the form that transformers 5 makes of the published
-one, with the values that its classes and its converter give for that checkpoint.
+one, with the values that its classes and its converter give for that checkpoint. Aria's sizes are from memory; they make its 25.3 billion
+parameters. Whether its checkpoint holds the norm behind the tower, which loaders pass over, makes no difference.
 """
 
 from __future__ import annotations
@@ -115,3 +116,12 @@ def test_ernie_as_transformers_saves_it(monkeypatch, tmp_path: Path) -> None:
     saved = {f"model.{name}" if name.startswith("vision_model.") else name: shape for name, shape in tensors.items()}
     model = open_published(monkeypatch, tmp_path, "ERNIE-4.5-VL-28B-A3B-PT", saved)
     assert model.float_source("vision.vision_tower.ln.weight").name == "model.vision_model.ln.weight"
+
+
+def test_aria_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
+    model = open_published(monkeypatch, tmp_path, "Aria", published("Aria"))
+    spec, mlp = model.spec, model.spec.layers[0].mlp
+    assert model.shape("layers.27.mlp.experts.gate_up_proj") == (66, 3328, 2560) and spec.moe_layers == tuple(range(28))
+    assert (mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.num_slots) == (64, 2, 6, 8) and mlp.router.renormalize
+    assert spec.rope == RopeSpec("rope", 5e6, (), 128) and spec.vision.queries == ((1225, 128), (4900, 256))
+    assert list(model.unused_parts()) == ["vision_tower.post_layernorm.*"] and spec.vision.num_position_embeddings == 4900
