@@ -93,7 +93,8 @@ FACTS: Mapping[str, FamilyFacts] = {
         "Aria", ("Aria in transformers' form",), "grouped-query, with or without biases; plain rotary embedding",
         "softmax over the selected, shared experts", "Idefics3 tower, one table entry a patch, projector of learned queries",
         (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
-        (_ROPE, "biases of experts (mlp_bias)", "crops of an image (split_image)", "another layer's features (vision_feature_layer)"),
+        (_ROPE, "biases of experts (mlp_bias)", "crops of an image (split_image)", "another layer's features (vision_feature_layer)",
+         "weights that other quantizers rounded"),
         "Aria",
         left_out="norm behind the vision tower, whose features are taken in front of it: copied unchanged into the quantized checkpoint",
         note="an image is as many tokens as queries read its canvas (128 of 490 pixels, 256 of 980); patches of the canvas that the image "
