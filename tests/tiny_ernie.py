@@ -85,13 +85,19 @@ def make_ernie(
 
 
 def ernie_sample(seed: int, grids: Sequence[tuple[int, int, int]] = (), text: int = 5) -> ProcessedSample:
-    """A random prompt of the tiny model."""
+    """A random prompt of the tiny model, which begins with a token that stands around videos."""
     frame = TOKENS["<|IMAGE_START|>"], TOKENS["<|IMAGE_PLACEHOLDER|>"], TOKENS["<|IMAGE_END|>"]
-    return random_sample(seed, grids, text, patch_features=48, frame=frame)
+    sample = random_sample(seed, grids, text, patch_features=48, frame=frame)
+    sample.input_ids[0] = TOKENS["<|VIDEO_END|>"]
+    return sample
 
 
 def ernie_types(feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The two kinds of token types that transformers' model takes."""
     ids = feeds["input_ids"]
-    placeholder, start, end = (ids == TOKENS[f"<|IMAGE_{name}|>"] for name in ("PLACEHOLDER", "START", "END"))
-    return {"mm_token_type_ids": placeholder.int(), "moe_mm_token_type_ids": (placeholder | start | end).int()}
+    placeholder = (ids == TOKENS["<|IMAGE_PLACEHOLDER|>"]).int()
+    kinds = placeholder.clone()
+    for value, kind in ((1, "IMAGE"), (2, "VIDEO")):
+        for name in ("START", "END"):
+            kinds[ids == TOKENS[f"<|{kind}_{name}|>"]] = value
+    return {"mm_token_type_ids": placeholder, "moe_mm_token_type_ids": kinds}

@@ -43,10 +43,7 @@ _TEXT_HARMLESS = BOOKKEEPING | WRITTEN_BY_TRANSFORMERS_4 | {
     "router_aux_loss_coef": "training loss of the router",
     "tie_word_embeddings": "transformers ties by the top level's field",
 }  # fmt: skip
-_TOP_HARMLESS = BOOKKEEPING | WRITTEN_BY_TRANSFORMERS_4 | {
-    "video_start_token_id": "marks the beginning of a video, which is refused",
-    "video_end_token_id": "marks the end of a video, which is refused",
-}  # fmt: skip
+_TOP_HARMLESS = BOOKKEEPING | WRITTEN_BY_TRANSFORMERS_4
 _VISION_HARMLESS = BOOKKEEPING | WRITTEN_BY_TRANSFORMERS_4
 
 
@@ -86,7 +83,8 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         video_token_id=top.whole("video_token_id", 0),
         vision_start_token_id=start,
         vision_end_token_id=end,
-        image_expert_ids=(image, start, end),
+        # Tokens around a video go there too, were a text to hold one without a video.
+        image_expert_ids=(image, start, end, *(top.whole(f"video_{name}_token_id", 0) for name in ("start", "end"))),
     )
     if image >= spec.vocab_size:
         raise CheckpointError(f"config.json: image_token_id = {image} is outside vocab_size = {spec.vocab_size}")

@@ -38,7 +38,7 @@ SECTIONS = {"architectures", "id2label", "label2id"}
 """transformers writes them into sections too, where nobody reads them."""
 
 DECIDE: dict[str, set[str]] = {
-    "ernie4_5_vl_moe": {"moe_k", "moe_norm_min", "image_start_token_id", "image_end_token_id"},
+    "ernie4_5_vl_moe": {"moe_k", "moe_norm_min", "image_start_token_id", "image_end_token_id", "video_end_token_id"},
     "aria": {"moe_topk", "projector_patch_to_query_dict", "vision_feature_layer"},
 }
 """Fields that decide where tokens go, and with what weight, where they are not `_DECIDE`."""
@@ -58,7 +58,8 @@ FAMILIES: dict[str, tuple[Callable[..., Path], Callable[..., ProcessedSample], s
                                test_families_config.HARMLESS),
     "glm4v_moe": (partial(make_glm, vision={"image_size": 27}), glm_sample,
                   test_families_config.HARMLESS | {"image_start_token_id", "image_end_token_id"}),
-    "ernie4_5_vl_moe": (make_ernie, ernie_sample, test_families_config.HARMLESS | {"text_config.tie_word_embeddings"}),
+    "ernie4_5_vl_moe": (make_ernie, ernie_sample,
+                        test_families_config.HARMLESS - {"video_end_token_id"} | {"text_config.tie_word_embeddings"}),
     "aria": (partial(make_aria, vision={"image_size": 559}), aria_sample,
              test_families_config.HARMLESS | {"text_config.tie_word_embeddings"}),
 }

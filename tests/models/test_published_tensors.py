@@ -107,7 +107,7 @@ def test_ernie_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
     assert (mlp.type_parts, mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.num_slots) == ((3, 1), 256, 6, 18, 24)
     assert model.shape("layers.1.mlp.router.weight") == (128, 2560) and spec.moe_layers == tuple(range(1, 28))
     assert spec.rope == RopeSpec("mrope_alternating", 500000.0, (20, 22, 22), 128) and spec.layers[0].attention.rope_interleaved
-    assert spec.image_expert_ids == (100295, 101304, 101305) and spec.vision.position_interpolation == "none"
+    assert spec.image_expert_ids == (100295, 101304, 101305, 101306, 101307) and spec.vision.position_interpolation == "none"
 
 
 def test_ernie_as_transformers_saves_it(monkeypatch, tmp_path: Path) -> None:
