@@ -102,6 +102,7 @@ class ExportConfig:
         max_seq_len: length of the static KV cache; 0 takes the target's limit or the model's, the smaller one.
         max_batch: largest batch that engines take; 0 takes the target's limit.
         max_image_patches: largest number of vision patches (before merging) in one call; bounds the engine's profile.
+            Where images fill a canvas of a fixed size (Aria), the largest canvas is the least.
         logits: ``last`` keeps the last position's logits only (generation), ``all`` keeps every position's.
         ort_dtype: type of activations in graphs for ONNX Runtime alone (``--flavour ort``); a target says its own.
     """

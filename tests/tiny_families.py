@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from ecmfq_export.runtime.sample import ProcessedSample
+from tests.tiny_aria import aria_config, aria_feeds, aria_sample, build_aria, make_aria
+from tests.tiny_ernie import build_ernie, ernie_config, ernie_sample, ernie_types, make_ernie
 from tests.tiny_glm import TOKENS as GLM_TOKENS
 from tests.tiny_glm import build_glm, glm_config, glm_sample, make_glm
 from tests.tiny_models import random_sample
@@ -27,7 +29,8 @@ class TinyFamily:
         sample: a random prompt, as tests.tiny_models.random_sample.
         feeds: what transformers' model needs beside ids, mask and images.
         variants: overrides under which its numbers are compared.
-        routers: submodules of transformers' model that give (logits, weights, ids), in layer order.
+        routers: ends of names of submodules of a layer of transformers' model that give (logits, weights, ids), one for each type of
+            tokens that has experts of its own.
     """
 
     make: Callable[..., Path]
@@ -35,7 +38,7 @@ class TinyFamily:
     sample: Callable[..., ProcessedSample] = random_sample
     feeds: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(default=lambda feeds: {})
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"plain": {}})
-    routers: str = "mlp.gate"
+    routers: tuple[str, ...] = ("mlp.gate",)
 
 
 def reference_feeds(family: TinyFamily, samples: Sequence[ProcessedSample]) -> dict[str, torch.Tensor]:
@@ -54,9 +57,15 @@ def reference_feeds(family: TinyFamily, samples: Sequence[ProcessedSample]) -> d
     return feeds | family.feeds(feeds)
 
 
-def routers_of(family: TinyFamily, model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The routing submodules of transformers' model, in layer order."""
-    return [module for name, module in model.named_modules() if name.endswith(family.routers) and "layers." in name]
+def watch_routers(family: TinyFamily, model: torch.nn.Module) -> dict[tuple[int, int], tuple[torch.Tensor, ...]]:
+    """By layer and token type, what the routing submodules of transformers' model gave last."""
+    found: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+    for name, module in model.named_modules():
+        for kind, end in enumerate(family.routers):
+            if name.endswith(end) and ".layers." in name:
+                key = (int(name.split(".layers.")[1].split(".")[0]), kind)
+                module.register_forward_hook(lambda module, args, out, key=key: found.__setitem__(key, out))
+    return found
 
 
 def _omni(seed: int = 0, **overrides: Any) -> torch.nn.Module:
@@ -86,9 +95,32 @@ _GLM_VARIANTS = {
     "two shared experts, tied": {"n_shared_experts": 2, "tie_word_embeddings": True},
 }  # fmt: skip
 
+def _ernie(seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    return build_ernie(ernie_config(**overrides), seed)
+
+
+_ERNIE_VARIANTS = {
+    "plain": {},
+    "equal widths, untied, all routed": {"moe_intermediate_size": [48, 48], "tie_word_embeddings": False,
+                                         "mlp_layer_types": ["sparse", "sparse"], "moe_num_shared_experts": 0},
+    "image experts wider, two shared": {"moe_intermediate_size": [64, 96], "moe_num_shared_experts": 2, "moe_k": 3},
+}  # fmt: skip
+
+def _aria(seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    return build_aria(aria_config(**overrides), seed)
+
+
+_ARIA_VARIANTS = {
+    "plain": {},
+    "biases, tied": {"attention_bias": True, "tie_word_embeddings": True},
+    "one shared expert, top-4, a larger table": {"moe_num_shared_experts": 1, "moe_topk": 4, "vision": {"image_size": 560}},
+}  # fmt: skip
+
 FAMILIES = {
     "qwen3_omni_moe": TinyFamily(make_qwen3_omni, _omni, variants=_OMNI_VARIANTS),
     "qwen3_omni_moe_thinker": TinyFamily(make_qwen3_omni_thinker, _omni),
+    "ernie4_5_vl_moe": TinyFamily(make_ernie, _ernie, ernie_sample, ernie_types, _ERNIE_VARIANTS, ("text_moe.gate", "vision_moe.gate")),
+    "aria": TinyFamily(make_aria, _aria, aria_sample, aria_feeds, _ARIA_VARIANTS, ("mlp.router",)),
     "glm4v_moe": TinyFamily(make_glm, _glm, glm_sample, _token_types(GLM_TOKENS["<|image|>"]), _GLM_VARIANTS),
 }
 """By ``model_type``."""

@@ -96,10 +96,11 @@ def _gqa(
 
 def _rotate(b: GraphBuilder, x: ir.Value, spec: GqaSpec, inputs: AttentionInputs, name: str) -> ir.Value:
     """x [batch, heads, seq, head_dim], its first ``inputs.rotated`` channels rotated."""
+    pairs = int(spec.rope_interleaved)
     if inputs.rotated == spec.head_dim:
-        return b.op("RotaryEmbedding", x, inputs.cos, inputs.sin, interleaved=0, name=f"{name}_rope")
+        return b.op("RotaryEmbedding", x, inputs.cos, inputs.sin, interleaved=pairs, name=f"{name}_rope")
     first, rest = _split(b, x, (inputs.rotated, spec.head_dim - inputs.rotated), f"{name}_split")
-    first = b.op("RotaryEmbedding", first, inputs.cos, inputs.sin, interleaved=0, name=f"{name}_rope")
+    first = b.op("RotaryEmbedding", first, inputs.cos, inputs.sin, interleaved=pairs, name=f"{name}_rope")
     return b.op("Concat", first, rest, axis=-1, name=f"{name}_joined")
 
 

@@ -6,6 +6,7 @@ Inputs, in order (T is the graph's type)::
     rope_cos, _sin   [batch, seq, rotated / 2] T    runtime.host_inputs.rope_tables
     attention_mask   [batch, 1, seq, max_seq] T     runtime.host_inputs.attention_mask
     write_indices    [batch] int64                  tokens in the cache before this call
+    router_types     [batch, seq] int64             runtime.host_inputs.router_types (only where types have experts of their own)
     last_index       [batch] int64                  position whose logits are wanted (``logits="last"`` only)
     deepstack_{i}    [batch, seq, hidden] T         added to layer i's output; zeros at text positions
     past_key_{l}, past_value_{l}  [batch, num_kv_heads, max_seq, head_dim] T   (attention.cache_head_dim)
@@ -74,6 +75,7 @@ class _Emitter:
         self.model, self.spec = model, model.spec
         self.max_seq_len, self.logits = max_seq_len, logits
         self.b = GraphBuilder(dtype)
+        self.types: list[ir.Value] = []
         self._layer_shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def emit(self) -> ir.Model:
@@ -83,9 +85,10 @@ class _Emitter:
         tables = [_input(f"rope_{n}", b.dtype, ["batch", "seq", spec.rope.head_dim // 2]) for n in ("cos", "sin")]
         mask = _input("attention_mask", b.dtype, ["batch", 1, "seq", self.max_seq_len])
         write = _input("write_indices", I64, ["batch"])
+        self.types = [_input("router_types", I64, ["batch", "seq"])] if spec.image_expert_ids else []
         last = [_input("last_index", I64, ["batch"])] if self.logits == "last" else []
         deepstack = [_input(f"deepstack_{i}", b.dtype, hidden_shape) for i in range(spec.num_deepstack)]
-        inputs = [hidden, *tables, mask, write, *last, *deepstack]
+        inputs = [hidden, *tables, mask, write, *self.types, *last, *deepstack]
         shared = AttentionInputs(*tables, mask, write, spec.rope.head_dim)
         presents: list[ir.Value] = []
         for layer in spec.layers:
@@ -137,12 +140,12 @@ class _Emitter:
             raise UnsupportedError(f"{prefix}: activation {spec.activation}", f"supported: {', '.join(ops.ACTIVATIONS)}")
         b, name = self.b, f"{prefix}.mlp.router.weight"
         with b.scope("router"):
-            weight = b.weight(name, F32, [spec.hidden_size, spec.num_experts], lambda: self.model.tensor(name).float().T)
+            weight = b.weight(name, F32, [spec.hidden_size, spec.router_rows], lambda: self.model.tensor(name).float().T)
             bias = None
             if spec.router.selection_bias:
                 bias_name = f"{prefix}.mlp.router.selection_bias"
-                bias = b.weight(bias_name, F32, [spec.num_experts], lambda: self.model.tensor(bias_name))
-            ids, weights = emit_router(b, spec, x, weight, bias)
+                bias = b.weight(bias_name, F32, [spec.router_rows], lambda: self.model.tensor(bias_name))
+            ids, weights = emit_router(b, spec, x, weight, bias, self.types[0] if spec.type_parts else None)
         e, i, h = spec.total_experts, spec.intermediate_size, spec.hidden_size
         gate_up = self._weight(f"{prefix}.mlp.experts.gate_up_proj", [e, 2 * i, h])
         down = self._weight(f"{prefix}.mlp.experts.down_proj", [e, h, i])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,12 @@ def resolve_sizes(model: MoEVLM, target: Target | None, config: ExportConfig) ->
     unit = model.spec.vision.spatial_merge_size**2
     if config.max_image_patches < unit:
         raise UserError(f"max_image_patches = {config.max_image_patches} is less than one merged patch", f"use {unit} or more")
+    # Images that fill a canvas cannot be made smaller.
+    canvas = max((patches for patches, _ in model.spec.vision.queries), default=0)
     return Sizes(
         config.max_seq_len or min(longest, limits.max_seq_len),
         config.max_batch or limits.max_batch,
-        config.max_image_patches // unit * unit,
+        max(config.max_image_patches // unit * unit, canvas),
     )
 
 
@@ -245,18 +247,20 @@ class _Export:
             eos_token_ids=eos_token_ids(self.model.path, self.model.config), **sizes,
         )  # fmt: skip
         bundle.write_json(self.work / FILE, facts)
-        self.info |= {"dim_ranges": dim_ranges(self.sizes, spec.vision.spatial_merge_size), "dtype": self.dtype}
+        self.info |= {"dim_ranges": dim_ranges(self.sizes, spec.vision.spatial_merge_size, spec.vision.queries), "dtype": self.dtype}
         self.info["moe_layers"] = [layer.index for layer in spec.layers if isinstance(layer.mlp, MoESpec)]
 
 
-def dim_ranges(sizes: Sizes, spatial_merge_size: int) -> dict[str, list[int]]:
-    """Smallest, usual and largest value of each symbolic dimension of the graphs' inputs, for engine profiles."""
-    unit = spatial_merge_size**2
+def dim_ranges(sizes: Sizes, spatial_merge_size: int, queries: Sequence[tuple[int, int]] = ()) -> dict[str, list[int]]:
+    """Smallest, usual and largest value of each symbolic dimension of the graphs' inputs, for engine profiles; `queries` as
+    models.spec.VisionSpec has them, of one image."""
+    unit, counts = spatial_merge_size**2, [count for _, count in queries]
     usual_patches = min(1024 // unit * unit or unit, sizes.max_image_patches)
     return {
         "batch": [1, 1, sizes.max_batch],
         "seq": [1, min(256, sizes.max_seq_len), sizes.max_seq_len],
         "num_patches": [unit, usual_patches, sizes.max_image_patches],
+        **({"num_queries": [min(counts), max(counts), max(counts)]} if counts else {}),
     }
 
 

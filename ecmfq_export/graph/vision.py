@@ -4,13 +4,16 @@ The stock forward cannot be exported: it splits attention by image with data-dep
 submodules, takes positions and interpolation taps from the host (runtime/host_inputs.py lists the inputs) and keeps attention
 inside a frame with an additive mask, so that images of different sizes go through in one call and cannot see each other.
 
-Outputs: ``image_features`` [num_merged, hidden], then ``deepstack_{i}`` [num_merged, hidden].
+Outputs: ``image_features`` [num_merged, hidden], then ``deepstack_{i}`` [num_merged, hidden]; [num_queries, hidden] where learned
+queries read the patches.
 
-Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, and MoonViT with its projector (Kimi).
+Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, ERNIE-4.5-VL's, MoonViT with its projector (Kimi), and
+Idefics3's with a projector of learned queries (Aria).
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -61,8 +64,7 @@ class HostedTower(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """The residual stream after each block."""
         cos, sin = self.rotary(hidden, rope_positions)
-        same = segment_ids[:, None] == segment_ids[None, :]
-        mask = torch.where(same, 0.0, MASKED).to(hidden.dtype)[None, None]
+        mask = _same_segment(segment_ids, segment_ids, hidden.dtype)
         for block in blocks:
             hidden = hidden + self._attend(block.attn, block.norm1(hidden), cos, sin, mask)
             hidden = hidden + block.mlp(block.norm2(hidden))
@@ -120,6 +122,29 @@ class HostedGlmTower(HostedTower):
         return (tower.merger(functional.linear(blocks, kernel.permute(0, 2, 3, 1).flatten(1), tower.downsample.bias)),)
 
 
+class HostedErnieTower(HostedTower):
+    """ERNIE-4.5-VL's tower and resampler, as models/ernie_vision.py puts them together; there is no position table."""
+
+    PARTS = ("vision_tower.patch_embed", "vision_tower.rotary_pos_emb", "vision_tower.ln", "resampler_model.temporal_linear",
+             "resampler_model.after_norm")  # fmt: skip
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.tower.vision_tower.rotary_pos_emb
+
+    def forward(self, patches: torch.Tensor, rope_positions: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features of merged patches; see the module's docstring."""
+        tower, resampler = self.tower.vision_tower, self.tower.resampler_model
+        hidden = tower.patch_embed.proj(patches)
+        for after in self.encode(tower.blocks, hidden, rope_positions, segment_ids):
+            hidden = after
+        merged = tower.ln(hidden).unflatten(0, (-1, resampler.spatial_merge_size**2)).flatten(1)
+        merged = resampler.spatial_linear(merged)
+        # An image is both frames of a pair.
+        merged = resampler.temporal_linear(torch.cat((merged, merged), dim=-1))
+        return (resampler.after_norm(resampler.mlp(merged)),)
+
+
 class HostedMoonVit(HostedTower):
     """MoonViT and its projector, as models/kimi_vision.py puts them together, over patches in merge-block order."""
 
@@ -150,6 +175,37 @@ class HostedMoonVit(HostedTower):
         return (self.tower.mm_projector(merged).flatten(0, 1),)
 
 
+class HostedAriaTower(HostedTower):
+    """Idefics3's tower and Aria's projector, as models/aria_vision.py puts them together: queries of an image read its patches."""
+
+    PARTS = ("vision_tower.embeddings.position_embedding", "vision_tower.encoder.layers", "multi_modal_projector.query",
+             "multi_modal_projector.cross_attn.multihead_attn")  # fmt: skip
+
+    def forward(
+        self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, segment_ids: torch.Tensor,
+        query_indices: torch.Tensor, query_segments: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Features of queries; see the module's docstring."""
+        tower, projector = self.tower.vision_tower, self.tower.multi_modal_projector
+        hidden = _embed_patches(tower.embeddings.patch_embedding, patches)
+        hidden = hidden + (tower.embeddings.position_embedding(interp_indices) * interp_weights[:, :, None]).sum(1)
+        mask = _same_segment(segment_ids, segment_ids, hidden.dtype)
+        for block in tower.encoder.layers:
+            attn, x = block.self_attn, block.layer_norm1(hidden)
+            out = _attend(attn.num_heads, attn.q_proj(x), attn.k_proj(x), attn.v_proj(x), mask)
+            hidden = hidden + attn.out_proj(out)
+            hidden = hidden + block.mlp(block.layer_norm2(hidden))
+        cross = projector.cross_attn
+        inner = cross.multihead_attn
+        read = cross.layer_norm_kv(hidden)
+        asked = cross.layer_norm(functional.embedding(query_indices, projector.query))
+        parts = (cross.q_proj(asked), cross.k_proj(read), cross.v_proj(read))
+        weights, biases = inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3)
+        query, key, value = (functional.linear(x, weight, bias) for x, weight, bias in zip(parts, weights, biases, strict=True))
+        out = _attend(inner.num_heads, query, key, value, _same_segment(query_segments, segment_ids, hidden.dtype))
+        return (projector.feed_forward(projector.layer_norm(cross.linear(inner.out_proj(out)))),)
+
+
 def hosted_tower(tower: nn.Module) -> HostedTower:
     """`tower` with a forward that can be traced.
 
@@ -157,13 +213,13 @@ def hosted_tower(tower: nn.Module) -> HostedTower:
         UnsupportedError: a tower made of other parts.
     """
     missing: list[str] = []
-    for kind in (HostedQwenTower, HostedGlmTower, HostedMoonVit):
+    for kind in (HostedQwenTower, HostedGlmTower, HostedErnieTower, HostedMoonVit, HostedAriaTower):
         lacking = [part for part in kind.PARTS if not _has(tower, part)]
         if not lacking:
             return kind(tower)
         missing.append(f"{kind.__name__}: no {', '.join(lacking)}")
     raise UnsupportedError(f"vision tower {type(tower).__name__} is of no known kind ({'; '.join(missing)})",
-                           "only towers of the Qwen3-VL, GLM-4.1V and MoonViT forms can be exported")
+                           "only towers of the Qwen3-VL, GLM-4.1V, ERNIE-4.5-VL, MoonViT and Aria forms can be exported")
 
 
 def _has(module: nn.Module, dotted: str) -> bool:
@@ -177,6 +233,18 @@ def _has(module: nn.Module, dotted: str) -> bool:
 def _embed_patches(kernel: nn.Module, patches: torch.Tensor) -> torch.Tensor:
     """The patch convolution, whose stride is its kernel: a matrix product."""
     return functional.linear(patches, kernel.weight.flatten(1), kernel.bias)
+
+
+def _same_segment(queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask [1, 1, queries, keys] that keeps attention inside a segment."""
+    return torch.where(queries[:, None] == keys[None, :], 0.0, MASKED).to(dtype)[None, None]
+
+
+def _attend(num_heads: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of [queries, heads * head_dim] over [keys, heads * head_dim], without rotary embedding."""
+    query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out[0].transpose(0, 1).flatten(1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -197,9 +265,10 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
     for name, weight in tower.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"vision.{name} holds values beyond {dtype.name}", "export with dtype float32")
-    # inv_freq must stay float32: angles of float16 frequencies are off by whole radians.
-    rotary = module.rotary
-    rotary.inv_freq = rotary.compute_axial_rope_parameters(rotary.config)[0]
+    if not spec.queries:
+        # inv_freq must stay float32: angles of float16 frequencies are off by whole radians.
+        rotary = module.rotary
+        rotary.inv_freq = rotary.compute_axial_rope_parameters(rotary.config)[0]
     merge = spec.spatial_merge_size
     count, index, taps = 8 * merge * merge, torch.int64, spec.position_taps
     example = {
@@ -208,16 +277,20 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
         "interp_weights": torch.zeros(count, taps, dtype=TORCH_DTYPES[dtype]),
         "rope_positions": torch.zeros(count, 2, dtype=index),
         "segment_ids": torch.zeros(count, dtype=index),
+        "query_indices": torch.zeros(5, dtype=index),
+        "query_segments": torch.zeros(5, dtype=index),
     }
+    taken = inspect.signature(module.forward).parameters
+    example = {name: value for name, value in example.items() if name in taken}
     merged = torch.export.Dim("num_merged", min=1)
-    patches = merge * merge * merged
+    dims = {name: {0: torch.export.Dim("num_queries", min=1) if name.startswith("query_") else merge * merge * merged} for name in example}
     outputs = ["image_features", *(f"deepstack_{i}" for i in range(len(spec.deepstack_layers)))]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module, (), kwargs=example, dynamo=True, opset_version=OPSET, input_names=list(example), output_names=outputs,
-            dynamic_shapes={name: {0: patches} for name in example}, verbose=False, optimize=True,
+            dynamic_shapes=dims, verbose=False, optimize=True,
         )  # fmt: skip
     return _tidy(program.model, spec)
 
@@ -226,9 +299,9 @@ def _tidy(model: ir.Model, spec: VisionSpec) -> ir.Model:
     """Name dimensions and weights, and drop the tracer's notes (they hold source paths of the machine that traced)."""
     clear_metadata_and_docstring.ClearMetadataAndDocStringPass()(model)
     for value in model.graph.inputs:
-        value.shape = ir.Shape(["num_patches", *value.shape[1:]])
+        value.shape = ir.Shape(["num_queries" if value.name.startswith("query_") else "num_patches", *value.shape[1:]])
     for value in model.graph.outputs:
-        value.shape = ir.Shape(["num_merged", spec.out_hidden_size])
+        value.shape = ir.Shape(["num_queries" if spec.queries else "num_merged", spec.out_hidden_size])
     inner = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
     for value in inner:
         value.shape = None  # they name the tracer's symbols, which are gone

@@ -48,6 +48,8 @@ WRITTEN_BY_TRANSFORMERS_4 = dict.fromkeys(_GENERATION, "generation default that 
 }
 """Fields that transformers 4 wrote into any section and that do not change inference, with the reason."""
 
+_RESULTS = ("return_dict", "output_hidden_states", "output_attentions")
+
 MAX_LAYERS = 10_000
 """A damaged count must not keep the machine building layers."""
 
@@ -198,17 +200,24 @@ def built(kind: Any, given: Mapping[str, Any], without: Iterable[str] = ()) -> A
 
     Args:
         given: what the file says; it is copied, since transformers edits what it is given.
-        without: names that are not handed over, beside ``model_type`` and the quantization, which is ours to read.
+        without: names that are not handed over, beside ``model_type``, the quantization, which is ours to read, and what gives
+            transformers' modules another form of return value than the one we read.
 
     Raises:
         CheckpointError: transformers refuses a value.
     """
     left_out = {"model_type", "quantization_config", *without}
     try:
-        return kind(**{key: value for key, value in copy.deepcopy(dict(given)).items() if key not in left_out})
+        return kind(**{key: value for key, value in _with_plain_results(given).items() if key not in left_out})
     except Exception as error:  # validation of huggingface_hub raises several unrelated types
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json is refused by transformers: {reason[:300]}") from None
+
+
+def _with_plain_results(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without ``_RESULTS``, at any depth."""
+    kept = {key: value for key, value in section.items() if key not in _RESULTS}
+    return {key: _with_plain_results(value) if isinstance(value, dict) else copy.deepcopy(value) for key, value in kept.items()}
 
 
 def one_rope_spelling(text: ConfigFields, given: Mapping[str, Any]) -> None:

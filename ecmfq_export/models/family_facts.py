@@ -78,6 +78,28 @@ FACTS: Mapping[str, FamilyFacts] = {
         "sigmoid, selection bias, groups, scaling, shared experts", "GLM-4.1V tower, bicubic position table",
         (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE), (_VIDEO, _ROPE, "norms of queries and keys (use_qk_norm)"), "GLM-4.5V",
     ),
+    "ernie4_5_vl_moe": FamilyFacts(
+        "ERNIE-4.5-VL-MoE", ("ERNIE-4.5-VL-28B-A3B-PT in transformers 5's form",),
+        "grouped-query; rotary pairs, MRoPE of alternating rows and columns",
+        "text tokens and image tokens have routers and experts of their own: softmax, selection bias, renormalized; shared experts",
+        "axial rotary tower without a position table, resampler", (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
+        (_VIDEO, _ROPE, "biases of projections and experts (use_bias)", "rotation of the residual stream (rotate), since the resampler "
+         "ends in a norm"), "ERNIE-4.5-VL-28B-A3B-PT",
+        note="one plugin node a layer holds the experts of both types: a text expert, wider than an image expert, is cut into pieces of "
+             "the common width, each in a slot of its own; slots that an image token leaves empty cost the plugin nothing; needs "
+             "transformers 5's config.json and a tokenizer.json (the published ones are remote code's and SentencePiece's)",
+    ),
+    "aria": FamilyFacts(
+        "Aria", ("Aria in transformers' form",), "grouped-query, with or without biases; plain rotary embedding",
+        "softmax over the selected, shared experts", "Idefics3 tower, one table entry a patch, projector of learned queries",
+        (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
+        (_ROPE, "biases of experts (mlp_bias)", "crops of an image (split_image)", "another layer's features (vision_feature_layer)",
+         "weights that other quantizers rounded"),
+        "Aria",
+        left_out="norm behind the vision tower, whose features are taken in front of it: copied unchanged into the quantized checkpoint",
+        note="an image is as many tokens as queries read its canvas (128 of 490 pixels, 256 of 980); patches of the canvas that the image "
+             "leaves free, which transformers masks, are not computed; the vision graph takes the largest canvas (4900 patches) at least",
+    ),
     "kimi_vl": FamilyFacts(
         "Kimi-VL", ("Kimi-VL-A3B-Instruct", "Kimi-VL-A3B-Thinking"), **_KIMI, refused=(_ROPE,), headers="Kimi-VL-A3B-Instruct",
         note="needs a tokenizer.json (the published tokenizer is a tiktoken file)",
@@ -93,8 +115,8 @@ _DENSE = "its decoder is dense: there are no routed experts"
 _TEXT = "a text model: there is no vision tower"
 
 REFUSED: Mapping[str, str] = {
-    "ernie4_5_vl_moe": "text and image tokens have routers and experts of their own, of different widths",
-    "aria": "image features come from a resampler with learned queries, whose number is not that of merged patches",
+    "ernie4_5_moe_vl": "the remote code's config.json of ERNIE-4.5-VL; the tensors are those of ernie4_5_vl_moe, which is the config.json "
+                       "that transformers 5 makes of it",
     "gemma4": "window and full attention layers with rotary embeddings of their own, norms around every part, tanh-GELU experts",
     "qwen3_5_moe": "most layers have linear attention with a recurrent state",
     "llama4": "chunked attention, and router weights that scale the experts' inputs",

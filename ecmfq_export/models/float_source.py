@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ class ExpertPart:
         expert: the first expert that it fills.
         rows: of the expert's matrix.
         region: of the tensor on disk, one slice an axis; empty for all of it (always, where it stacks experts).
+        transposed: whether the matrices that it stacks lie as [in, out] on disk.
     """
 
     name: str
@@ -68,10 +70,17 @@ class ExpertPart:
     expert: int
     rows: slice
     region: tuple[slice, ...] = ()
+    transposed: bool = False
 
     @property
     def num_experts(self) -> int:
         return self.shape[0] if len(self.shape) == 3 else 1
+
+    def on_disk(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows [num_experts, ...] of its experts in the form of the region on disk."""
+        if len(self.shape) == 2:
+            return values[0]
+        return values.transpose(1, 2) if self.transposed else values
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class ExpertsSource:
         for part, first, last in self._overlapping(start, stop):
             if len(part.shape) == 3:
                 values = checkpoint.load_rows(part.name, first - part.expert, last - part.expert)
+                values = values.transpose(1, 2) if part.transposed else values
             else:
                 values = checkpoint.load(part.name)[part.region]
             tensor[first - start : last - start, part.rows] = values
@@ -115,7 +125,7 @@ class ExpertsSource:
         files = {name: tensor.new_empty(shape) for name, shape in self.disk_shapes().items()}
         for part in self.parts:
             values = tensor[part.expert : part.expert + part.num_experts, part.rows]
-            files[part.name][part.region] = values if len(part.shape) == 3 else values[0]
+            files[part.name][part.region] = part.on_disk(values)
         return files
 
     def part(self, disk_name: str, experts: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
@@ -125,7 +135,7 @@ class ExpertsSource:
         for part in parts:
             values = experts(part.expert, part.expert + part.num_experts)[:, part.rows]
             made = values.new_empty(part.shape) if made is None else made
-            made[part.region] = values if len(part.shape) == 3 else values[0]
+            made[part.region] = part.on_disk(values)
         if made is None:
             raise ValueError(f"'{disk_name}' is no part of these experts")
         return made
@@ -157,7 +167,60 @@ def check_one_half_type(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         )
 
 
-def check_source(checkpoint: Checkpoint, source: FloatSource | ExpertsSource) -> None:
+@dataclass(frozen=True)
+class JoinedPart:
+    """One tensor on disk that is some rows of a canonical one, transposed or in another shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class JoinedSource:
+    """A small canonical tensor whose rows are several tensors on disk, one behind the other, all of one dtype.
+
+    Attributes:
+        parts: in the order of rows.
+        shape: canonical.
+    """
+
+    parts: tuple[JoinedPart, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the first part, whose dtype is everybody's."""
+        return self.parts[0].name
+
+    def disk_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor on disk that it is made of."""
+        return {part.name: part.shape for part in self.parts}
+
+    def load(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The canonical tensor in its stored dtype."""
+        stored = [checkpoint.load(part.name) for part in self.parts]
+        rows = [t.t() if part.transposed else t for part, t in zip(self.parts, stored, strict=True)]
+        return torch.cat([row.reshape(-1, *self.shape[1:]) for row in rows])
+
+    def load_rows(self, checkpoint: Checkpoint, start: int, stop: int) -> torch.Tensor:
+        """``load()[start:stop]``."""
+        return self.load(checkpoint)[start:stop].clone()
+
+    def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A canonical tensor as what is written to disk."""
+        files: dict[str, torch.Tensor] = {}
+        start = 0
+        for part in self.parts:
+            shape = part.shape[::-1] if part.transposed else part.shape
+            count = math.prod(shape) // math.prod(self.shape[1:])
+            rows = tensor[start : start + count].reshape(shape)
+            files[part.name] = (rows.t() if part.transposed else rows).contiguous()
+            start += count
+        return files
+
+
+def check_source(checkpoint: Checkpoint, source: FloatSource | ExpertsSource | JoinedSource) -> None:
     """Shapes and dtypes from headers.
 
     Raises:

@@ -40,6 +40,7 @@ class DecoderInputs:
         token_types: int64 [B, S], 0 text and padding, 1 image tokens.
         lengths: int64 [B], tokens that are not padding.
         deltas: int64 [B], position of the token after the prompt minus `lengths`.
+        router_types: int64 [B, S], whose routed experts a token chooses from, where types have experts of their own: 0 text, 1 image.
     """
 
     inputs_embeds: torch.Tensor
@@ -50,6 +51,7 @@ class DecoderInputs:
     token_types: torch.Tensor
     lengths: torch.Tensor
     deltas: torch.Tensor
+    router_types: torch.Tensor | None = None
 
 
 def prepare_inputs(
@@ -85,7 +87,8 @@ def prepare_inputs(
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     grids = [sample.image_grid_thw for sample in samples if sample.image_grid_thw is not None]
     grid = np.concatenate(grids) if grids else None
-    positions, deltas = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind)
+    positions, deltas = host_inputs.decoder_positions(types, lengths, grid, spec.vision.spatial_merge_size, spec.rope.kind,
+                                                      spec.vision.queries)
     cos, sin = rotary_tables(spec, positions, dtype)
     embeds = embed_tokens(model, torch.from_numpy(ids)).to(dtype)
     deepstack = [torch.zeros_like(embeds) for _ in range(spec.num_deepstack)]
@@ -106,6 +109,7 @@ def prepare_inputs(
         torch.from_numpy(types),
         torch.from_numpy(lengths),
         torch.from_numpy(deltas),
+        torch.from_numpy(host_inputs.router_types(ids, spec.image_expert_ids)),
     )
 
 

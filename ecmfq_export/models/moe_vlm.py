@@ -10,7 +10,7 @@ import torch
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.models.checkpoint import Checkpoint, preview
-from ecmfq_export.models.float_source import ExpertPart, ExpertsSource, FloatSource, check_one_half_type, check_source
+from ecmfq_export.models.float_source import ExpertPart, ExpertsSource, FloatSource, JoinedSource, check_one_half_type, check_source
 from ecmfq_export.models.quantized_reader import QuantizationInfo, QuantizedSource, read_quantization
 from ecmfq_export.models.registry import Family, family_of, read_config
 from ecmfq_export.models.spec import DecoderLayerSpec, GqaSpec, MlaSpec, ModelSpec, MoESpec
@@ -23,7 +23,7 @@ ExpertLayout = Literal["auto", "transformers", "published"]
 """How fused experts lie on disk: ``transformers`` [E, out, in] (what 5.x saves), ``published`` [E, in, out] (the Hub's
 Qwen3-VL-MoE checkpoints), ``auto`` by shape."""
 
-Source = FloatSource | ExpertsSource | QuantizedSource | WeightOnlySource
+Source = FloatSource | ExpertsSource | JoinedSource | QuantizedSource | WeightOnlySource
 
 _MAX_EXPERTS = 1 << 17
 """Five times as many as any model published so far has; a damaged count must not keep the machine naming modules."""
@@ -66,7 +66,7 @@ def open_model(path: Path, expert_layout: ExpertLayout = "auto") -> MoEVLM:
             source.check(checkpoint)
         else:
             check_source(checkpoint, source)
-    floats = [source for source in sources.values() if isinstance(source, FloatSource | ExpertsSource)]
+    floats = [source for source in sources.values() if isinstance(source, FloatSource | ExpertsSource | JoinedSource)]
     check_one_half_type(checkpoint, [disk for source in floats for disk in source.disk_shapes()])
     return MoEVLM(path, config, family, spec, checkpoint, shapes, sources, quantization, tuple(unused), form)
 
@@ -167,7 +167,7 @@ class MoEVLM:
             return source.dequantize(self.checkpoint, start, stop)
         return source.load_rows(self.checkpoint, start, stop)
 
-    def float_source(self, name: str) -> FloatSource | ExpertsSource:
+    def float_source(self, name: str) -> FloatSource | ExpertsSource | JoinedSource:
         """Where a floating tensor lies on disk, or would lie where it is weight-only.
 
         Raises:
@@ -193,7 +193,7 @@ class MoEVLM:
     def stored_bytes(self, name: str) -> int:
         """Bytes on disk of the tensors that hold `name`, scales among them."""
         source = self._source(name)
-        parts = source.disk_shapes() if isinstance(source, FloatSource | ExpertsSource) else source.disk_names()
+        parts = source.disk_shapes() if isinstance(source, FloatSource | ExpertsSource | JoinedSource) else source.disk_names()
         return sum(self.checkpoint.entry(part).num_bytes for part in parts)
 
     def has_int8(self, name: str) -> bool:
@@ -274,9 +274,9 @@ def layer_shapes(spec: ModelSpec, layer: DecoderLayerSpec) -> dict[str, tuple[in
     shapes |= {f"self_attn.{name}": shape for name, shape in parts.items()}
     shapes["post_attention_layernorm.weight"] = (hidden,)
     if isinstance(mlp, MoESpec):
-        shapes["mlp.router.weight"] = (mlp.num_experts, hidden)
+        shapes["mlp.router.weight"] = (mlp.router_rows, hidden)
         if mlp.router.selection_bias:
-            shapes["mlp.router.selection_bias"] = (mlp.num_experts,)
+            shapes["mlp.router.selection_bias"] = (mlp.router_rows,)
         shapes["mlp.experts.gate_up_proj"] = (mlp.total_experts, 2 * mlp.intermediate_size, hidden)
         shapes["mlp.experts.down_proj"] = (mlp.total_experts, hidden, mlp.intermediate_size)
     else:
@@ -311,11 +311,12 @@ def _mla_shapes(spec: MlaSpec, hidden: int) -> dict[str, tuple[int, ...]]:
 def _float_source(
     checkpoint: Checkpoint, family: Family, spec: ModelSpec, name: str, shape: tuple[int, ...], layout: ExpertLayout,
     modules: tuple[ExpertPart, ...],
-) -> FloatSource | ExpertsSource:
+) -> FloatSource | ExpertsSource | JoinedSource:
     """Where a tensor lies in floating point; `modules` are those of its linear weights where a quantizer took experts apart."""
     disk = family.disk_name(name)
     if not name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")):
-        return FloatSource(disk, shape)
+        published = family.published_name(disk)
+        return family.joined(spec, name) or FloatSource(published if disk not in checkpoint and published in checkpoint else disk, shape)
     parts = family.expert_parts(spec, name)
     if not parts and modules and disk not in checkpoint:
         parts = modules

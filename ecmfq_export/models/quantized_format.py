@@ -20,7 +20,7 @@ import torch
 
 from ecmfq_export.errors import CheckpointError
 from ecmfq_export.models.checkpoint import INDEX_FILE, read_header
-from ecmfq_export.models.float_source import ExpertsSource
+from ecmfq_export.models.float_source import ExpertsSource, JoinedSource
 from ecmfq_export.models.group_scales import join_scales
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes, open_model
 from ecmfq_export.models.online_rotation import DOWN, KEY, transform_config
@@ -165,7 +165,7 @@ class QuantizedWriter:
     def _float_entries(self, name: str, tensor: torch.Tensor | None) -> dict[str, TensorToWrite]:
         """Tensors on disk of a floating tensor; None copies it, in the canonical layout."""
         model, source, dtype = self.model, self.model.float_source(name), self.model.stored_dtype(name)
-        if tensor is None and isinstance(source, ExpertsSource):
+        if tensor is None and isinstance(source, (ExpertsSource, JoinedSource)):
             return {part: TensorToWrite(dtype, shape, partial(model.disk_part, name, part))
                     for part, shape in source.disk_shapes().items()}
         if tensor is None:
@@ -234,7 +234,8 @@ def quantization_config(schemes: Mapping[str, Scheme], model: MoEVLM) -> dict[st
                 scheme = schemes.get(name)
                 (ignore if scheme is None else targets.setdefault(scheme, [])).extend(flat)
     ignore += sorted(
-        _modules(model, name)[0][0] for name in model.names() if name.startswith("vision.") and _modules(model, name)
+        model.float_source(name).name.removesuffix(".weight")
+        for name in model.names() if name.startswith("vision.") and _modules(model, name)
     )
     ignore += [
         model.family.disk_name(name).removesuffix(".weight") for name in model.names() if name.endswith("mlp.router.weight")

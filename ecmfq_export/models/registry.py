@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
 from ecmfq_export.json_file import read_json
-from ecmfq_export.models import glm4v_moe, kimi_vision, kimi_vl, qwen3_omni_moe, qwen3_vl_moe
+from ecmfq_export.models import (
+    aria,
+    aria_vision,
+    ernie4_5_vl_moe,
+    ernie_vision,
+    glm4v_moe,
+    kimi_vision,
+    kimi_vl,
+    qwen3_omni_moe,
+    qwen3_vl_moe,
+)
 from ecmfq_export.models.family_facts import REFUSED
-from ecmfq_export.models.float_source import ExpertPart
+from ecmfq_export.models.float_source import ExpertPart, JoinedSource
 from ecmfq_export.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -39,6 +49,8 @@ class Family:
         residual_writers: a spec to the canonical tensors of the vision tower whose rows (or only axis) enter the decoder's residual
             stream: weight and bias of its last projections.
         unused: prefixes of names on disk to what their tensors are for, where text and images do not need them.
+        joined: a canonical tensor that several tensors on disk make, or one in another shape; None for any other.
+        published_name: a name on disk, as transformers saves it, to the one in published checkpoints, where that is another.
     """
 
     name: str
@@ -52,6 +64,8 @@ class Family:
     finish_vision: Callable[[torch.nn.Module], None]
     residual_writers: Callable[[ModelSpec], tuple[str, ...]]
     unused: Mapping[str, str] = field(default_factory=dict)
+    joined: Callable[[ModelSpec, str], JoinedSource | None] = lambda spec, name: None
+    published_name: Callable[[str], str] = lambda name: name
 
 
 def _one_tensor(spec: ModelSpec, name: str) -> tuple[ExpertPart, ...]:
@@ -112,6 +126,33 @@ SUPPORTED: Mapping[str, Family] = {
         vision_state=_same_state,
         finish_vision=qwen3_vl_moe.finish_vision,
         residual_writers=glm4v_moe.residual_writers,
+    ),
+    "ernie4_5_vl_moe": Family(
+        name="ernie4_5_vl_moe",
+        model_type="ernie4_5_vl_moe",
+        read_spec=ernie4_5_vl_moe.read_spec,
+        disk_name=ernie4_5_vl_moe.disk_name,
+        expert_parts=ernie4_5_vl_moe.expert_parts,
+        vision_shapes=ernie4_5_vl_moe.vision_shapes,
+        build_vision=ernie4_5_vl_moe.build_vision,
+        vision_state=_same_state,
+        finish_vision=ernie_vision.finish,
+        residual_writers=ernie4_5_vl_moe.residual_writers,
+        joined=ernie4_5_vl_moe.joined,
+        published_name=ernie4_5_vl_moe.published_name,
+    ),
+    "aria": Family(
+        name="aria",
+        model_type="aria",
+        read_spec=aria.read_spec,
+        disk_name=aria.disk_name,
+        expert_parts=aria.expert_parts,
+        vision_shapes=aria.vision_shapes,
+        build_vision=aria.build_vision,
+        vision_state=_same_state,
+        finish_vision=aria_vision.finish,
+        residual_writers=aria.residual_writers,
+        unused=aria.UNUSED,
     ),
     "kimi_vl": Family(
         name="kimi_vl",

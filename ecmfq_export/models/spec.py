@@ -20,8 +20,8 @@ Canonical tensor names, shared by the loader, the stages, the quantized checkpoi
     layers.{i}.self_attn.o_proj.weight           [hidden_size, num_heads * v_head_dim]
 
     layers.{i}.post_attention_layernorm.weight   [hidden_size]
-    layers.{i}.mlp.router.weight                 [num_experts, hidden_size]
-    layers.{i}.mlp.router.selection_bias         [num_experts]                 (where RouterSpec.selection_bias)
+    layers.{i}.mlp.router.weight                 [router_rows, hidden_size]    (num_experts, but for MoESpec.type_parts)
+    layers.{i}.mlp.router.selection_bias         [router_rows]                 (where RouterSpec.selection_bias)
     layers.{i}.mlp.experts.gate_up_proj          [total_experts, 2 * intermediate_size, hidden_size], gate rows first
     layers.{i}.mlp.experts.down_proj             [total_experts, hidden_size, intermediate_size]
     layers.{i}.mlp.{gate,up,down}_proj.weight    dense layers
@@ -42,7 +42,7 @@ class RouterSpec:
 
     Scores are ``scoring(router_logits)``. Selection takes the ``top_k`` largest of scores (plus the selection bias, which
     never enters the weights), limited to the best ``top_groups`` of ``num_groups`` groups. Weights are the selected scores,
-    divided by their sum (plus ``renormalize_epsilon``) where ``renormalize``, times ``scaling``.
+    divided by their sum (plus ``renormalize_epsilon``, and at least ``renormalize_floor``) where ``renormalize``, times ``scaling``.
 
     A group's score is the sum of its two best selection scores (DeepSeek-V3, arXiv 2412.19437).
     """
@@ -54,6 +54,7 @@ class RouterSpec:
     num_groups: int = 1
     top_groups: int = 1
     renormalize_epsilon: float = 0.0
+    renormalize_floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class MoESpec:
     Attributes:
         num_experts, top_k: routed experts, and how many of them a token takes.
         num_shared_experts: S.
+        type_parts: where text tokens and image tokens have routed experts of their own (ERNIE-4.5-VL), of how many stacked experts
+            ("pieces", each `intermediate_size` wide) one of theirs is made, by type; empty where all tokens share the routed ones.
+            The stack holds the pieces of all text experts, then of all image experts; `num_experts` counts pieces and `top_k` slots,
+            of which a token whose experts have fewer pieces leaves some empty (id -1).
     """
 
     hidden_size: int
@@ -76,6 +81,22 @@ class MoESpec:
     router: RouterSpec
     activation: Literal["silu_glu"] = "silu_glu"
     num_shared_experts: int = 0
+    type_parts: tuple[int, ...] = ()
+
+    @property
+    def experts_per_type(self) -> int:
+        """Routed experts that tokens of one type choose from; `num_experts` where types share them."""
+        return self.num_experts // sum(self.type_parts) if self.type_parts else self.num_experts
+
+    @property
+    def picks(self) -> int:
+        """How many of them a token takes."""
+        return self.top_k // max(self.type_parts, default=1)
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of the router's weight: one for each expert of each type."""
+        return self.experts_per_type * max(1, len(self.type_parts))
 
     @property
     def total_experts(self) -> int:
@@ -106,6 +127,7 @@ class GqaSpec:
     Attributes:
         bias: whether the projections of queries, keys and values have one.
         output_bias: whether the output projection has one.
+        rope_interleaved: whether rotary channels lie in pairs (x0, x1), (x2, x3), ... instead of halves.
     """
 
     num_heads: int
@@ -114,6 +136,7 @@ class GqaSpec:
     qk_norm: bool
     bias: bool = False
     output_bias: bool = False
+    rope_interleaved: bool = False
 
     @property
     def key_head_dim(self) -> int:
@@ -188,12 +211,12 @@ class RopeSpec:
     Attributes:
         kind: ``rope``: a token's place in the sequence. ``mrope_interleaved`` (Qwen3-VL): three axes (temporal, height, width)
             that own frequencies in the order T H W T H W ... ``mrope`` (Qwen2-VL, GLM-4.5V): the same axes own sections of neighbouring
-            frequencies, T, then H, then W.
+            frequencies, T, then H, then W. ``mrope_alternating`` (ERNIE-4.5-VL): H W H W ... as long as they have frequencies, then T.
         sections: frequencies that each axis owns (sum ``head_dim / 2``); empty for ``rope``.
         head_dim: channels of a head that are rotated.
     """
 
-    kind: Literal["mrope_interleaved", "mrope", "rope"]
+    kind: Literal["mrope_interleaved", "mrope", "mrope_alternating", "rope"]
     theta: float
     sections: tuple[int, ...]
     head_dim: int
@@ -214,8 +237,11 @@ class VisionSpec:
 
     Attributes:
         num_position_embeddings: entries of the learned square position table.
-        position_interpolation: how the table is resampled: ``bilinear`` with aligned corners, or ``bicubic`` without.
+        position_interpolation: how the table is resampled: ``bilinear`` with aligned corners, ``bicubic`` without, ``bucket`` where each
+            patch takes one entry, or ``none`` where the tower has no table.
         patch_order: of the processor's patches: ``merge_block`` (those that are merged are adjacent) or ``raster``.
+        queries: where image tokens come from learned queries instead of merged patches (Aria): pairs of the patches of a square canvas,
+            whose side is an image's longer one, and how many queries read it. Such towers have no rotary embedding.
     """
 
     hidden_size: int
@@ -228,8 +254,9 @@ class VisionSpec:
     out_hidden_size: int
     num_position_embeddings: int
     deepstack_layers: tuple[int, ...]
-    position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    position_interpolation: Literal["bilinear", "bicubic", "bucket", "none"] = "bilinear"
     patch_order: Literal["merge_block", "raster"] = "merge_block"
+    queries: tuple[tuple[int, int], ...] = ()
 
     @property
     def patch_features(self) -> int:
@@ -239,7 +266,7 @@ class VisionSpec:
     @property
     def position_taps(self) -> int:
         """Entries of the position table that one patch reads."""
-        return {"bilinear": 4, "bicubic": 16}[self.position_interpolation]
+        return {"bilinear": 4, "bicubic": 16, "bucket": 1, "none": 0}[self.position_interpolation]
 
 
 @dataclass(frozen=True)
@@ -251,6 +278,7 @@ class ModelSpec:
 
     Attributes:
         video_token_id, audio_token_id: placeholders of inputs that are not run; prompts that hold them are refused.
+        image_expert_ids: tokens that go to the image experts where types have experts of their own (MoESpec.type_parts).
     """
 
     family: str
@@ -267,6 +295,7 @@ class ModelSpec:
     vision_end_token_id: int | None
     video_token_id: int | None
     audio_token_id: int | None = None
+    image_expert_ids: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -72,11 +72,12 @@ class DecoderLayer:
         sin: torch.Tensor,
         mask: torch.Tensor,
         cache: LayerCache | None = None,
+        types: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The layer's output [B, S, hidden]; arguments as :meth:`attend`. DeepStack features are added by the caller."""
+        """The layer's output [B, S, hidden]; arguments as :meth:`attend` and :meth:`mlp`. DeepStack features are added by the caller."""
         out, _ = self.attend(self.attention_input(hidden), cos, sin, mask, cache)
         hidden = hidden + out
-        return hidden + self.mlp(self.moe_input(hidden))
+        return hidden + self.mlp(self.moe_input(hidden), types)
 
     __call__ = forward
 
@@ -138,6 +139,8 @@ class DecoderLayer:
         if spec.qk_norm:
             query = torch_math.rms_norm(query, self.tensors["self_attn.q_norm.weight"], self.eps)
             key = torch_math.rms_norm(key, self.tensors["self_attn.k_norm.weight"], self.eps)
+        if spec.rope_interleaved:
+            query, key = torch_math.pairs_to_halves(query), torch_math.pairs_to_halves(key)
         return torch_math.rotate(query, cos, sin), torch_math.rotate(key, cos, sin), value
 
     def _mla(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spec: MlaSpec) -> tuple[torch.Tensor, ...]:
@@ -160,21 +163,36 @@ class DecoderLayer:
         """What router and experts (or the dense MLP) read: the second norm's output [B, S, hidden]."""
         return torch_math.rms_norm(hidden, self.tensors["post_attention_layernorm.weight"], self.eps)
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """The routed or dense MLP on normed x [B, S, hidden], to be added to the residual stream."""
+    def mlp(self, x: torch.Tensor, types: torch.Tensor | None = None) -> torch.Tensor:
+        """The routed or dense MLP on normed x [B, S, hidden], to be added to the residual stream.
+
+        Args:
+            types: int64 [B, S], ``DecoderInputs.router_types``; read only where types have experts of their own.
+        """
         if isinstance(self.spec.mlp, MoESpec):
             tokens = x.reshape(-1, x.shape[-1])
-            return self.experts(tokens, self.route(tokens)).view(x.shape)
+            return self.experts(tokens, self.route(tokens, None if types is None else types.reshape(-1))).view(x.shape)
         return self.linear(self.dense_intermediate(x), "mlp.down_proj")
 
     def dense_intermediate(self, x: torch.Tensor) -> torch.Tensor:
         """What a dense MLP's down_proj reads, [..., intermediate], for x [..., hidden]."""
         return self._down_input(F.silu(self.linear(x, "mlp.gate_proj")) * self.linear(x, "mlp.up_proj"))
 
-    def route(self, x: torch.Tensor) -> Routing:
-        """Routing of tokens x [T, hidden]."""
+    def route(self, x: torch.Tensor, types: torch.Tensor | None = None) -> Routing:
+        """Routing of tokens x [T, hidden].
+
+        Args:
+            types: int64 [T], as for :meth:`mlp`.
+
+        Raises:
+            ValueError: none are given, and types have experts of their own.
+        """
         mlp = self._moe()
         bias = self.tensors.get("mlp.router.selection_bias")
+        if mlp.type_parts:
+            if types is None:
+                raise ValueError(f"layer {self.spec.index} routes by token types, and none are given")
+            return torch_math.route_by_type(x, self.tensors["mlp.router.weight"], mlp, types, bias)
         return torch_math.route(x, self.tensors["mlp.router.weight"], mlp.router, mlp.top_k, bias, mlp.num_shared_experts)
 
     def experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -189,7 +207,8 @@ class DecoderLayer:
 
     def dispatch(self, routing: Routing) -> Dispatch:
         """The routed pairs sorted by expert."""
-        return torch_math.dispatch(routing.topk_ids, self._moe().total_experts)
+        mlp = self._moe()
+        return torch_math.dispatch(routing.topk_ids, mlp.total_experts, empty_slots=bool(mlp.type_parts))
 
     def expert_intermediate(self, x: torch.Tensor, where: Dispatch) -> torch.Tensor:
         """What down_proj reads: ``silu(gate) * up`` (in blocks of a Hadamard where `down_block` says so) [T * num_slots, intermediate],
@@ -337,7 +356,7 @@ def run_decoder(
     hidden = inputs.inputs_embeds
     for index, layer in enumerate(loaded if layers is None else layers):
         cache = None if caches is None else caches[index]
-        hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, cache)
+        hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, cache, inputs.router_types)
         if index < len(inputs.deepstack):
             hidden = hidden + inputs.deepstack[index]
         if on_layer is not None:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ecmfq_export.models.spec import AttentionSpec, RouterSpec
+from ecmfq_export.models.spec import AttentionSpec, MoESpec, RouterSpec
 from ecmfq_export.quant.activation import quantize_per_token
 from ecmfq_export.quant.qtensor import GROUP, QTensor, grid_limit
 
 _EXACT = (1 << 24) - 1
 """Integers up to here, and so sums that stay below it, are exact in float32 whatever the order of summation."""
+
+
+_OTHER_TYPE = -1e4
+"""Logit of experts that a token's type cannot choose: no probability in a softmax, and finite."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Routing:
     Attributes:
         logits: [T, num_experts].
         scores: float32 [T, num_experts], ``scoring(logits)``.
-        topk_ids: int64 [T, num_slots], routed experts by descending score (plus selection bias), then the shared ones.
+        topk_ids: int64 [T, num_slots], routed experts by descending score (plus selection bias), then the shared ones; -1 in a
+            slot that the token leaves empty.
         topk_weights: float32 [T, num_slots], what each expert's output is multiplied by.
     """
 
@@ -38,14 +43,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Routed (token, slot) pairs sorted by expert; a row is one pair, T · num_slots of them.
+    """Routed (token, slot) pairs sorted by expert; a row is one pair, T · num_slots of them without empty slots.
 
     Attributes:
         token: int64 [rows], the token of each row.
         slot: int64 [rows], its slot in ``topk_ids``.
         expert: int64 [rows], ascending; equal experts keep token order.
         offsets: int64 [total_experts + 1]; expert ``e`` owns rows ``offsets[e]`` to ``offsets[e + 1]``.
-        inverse: int64 [rows], the row of pair ``token * num_slots + slot``.
+        inverse: int64 [T * num_slots], the row of pair ``token * num_slots + slot``; 0 for an empty slot, whose weight is 0.
     """
 
     token: torch.Tensor
@@ -116,14 +121,60 @@ def route(
     topk_ids = torch.topk(choice, top_k, dim=-1).indices
     topk_weights = scores.gather(-1, topk_ids)
     if spec.renormalize:
-        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + spec.renormalize_epsilon)
+        total = topk_weights.sum(-1, keepdim=True) + spec.renormalize_epsilon
+        topk_weights = topk_weights / (total.clamp_min(spec.renormalize_floor) if spec.renormalize_floor else total)
     if spec.scaling != 1.0:
         topk_weights = topk_weights * spec.scaling
-    if num_shared:
-        shared = torch.arange(len(weight), len(weight) + num_shared, device=x.device).expand(len(x), num_shared)
-        topk_ids = torch.cat((topk_ids, shared), -1)
-        topk_weights = torch.cat((topk_weights, topk_weights.new_ones(len(x), num_shared)), -1)
-    return Routing(logits, scores, topk_ids, topk_weights)
+    return Routing(logits, scores, *_with_shared(topk_ids, topk_weights, len(weight), num_shared))
+
+
+def route_by_type(
+    x: torch.Tensor, weight: torch.Tensor, mlp: MoESpec, types: torch.Tensor, selection_bias: torch.Tensor | None = None
+) -> Routing:
+    """Route tokens x [T, hidden] where each type has routed experts of its own (``MoESpec.type_parts``).
+
+    Logits and scores are those of pieces, [T, num_experts]: an expert's at each of its pieces, no score and a logit of -10000 at
+    pieces of the other type's experts.
+
+    Args:
+        weight: [router_rows, hidden], the types' routers one behind the other; selection_bias: [router_rows].
+        types: int64 [T].
+    """
+    widest, tokens = max(mlp.type_parts), len(x)
+    logits = x.new_full((tokens, mlp.num_experts), _OTHER_TYPE)
+    scores = torch.zeros(tokens, mlp.num_experts, device=x.device)
+    ids = torch.full((tokens, mlp.top_k), -1, device=x.device)
+    gates = torch.zeros(tokens, mlp.top_k, device=x.device)
+    column, piece = torch.arange(mlp.num_experts, device=x.device), torch.arange(widest, device=x.device)
+    biases = [None] * len(mlp.type_parts) if selection_bias is None else selection_bias.chunk(len(mlp.type_parts))
+    start = 0
+    for kind, (parts, rows, bias) in enumerate(zip(mlp.type_parts, weight.chunk(len(mlp.type_parts)), biases, strict=True)):
+        routing = route(x, rows, mlp.router, mlp.picks, bias)
+        pieces = torch.where(piece < parts, start + routing.topk_ids.unsqueeze(-1) * parts + piece, -1)
+        own = (types == kind).unsqueeze(-1)
+        ids = torch.where(own, pieces.flatten(1), ids)
+        gates = torch.where(own, (routing.topk_weights.unsqueeze(-1) * (piece < parts)).flatten(1), gates)
+        stop = start + mlp.experts_per_type * parts
+        span = (column >= start) & (column < stop)
+        place = ((column - start) // parts).clamp(0, mlp.experts_per_type - 1)
+        scores = torch.where(own & span, routing.scores[:, place], scores)
+        logits = torch.where(own & span, routing.logits[:, place], logits)
+        start = stop
+    return Routing(logits, scores, *_with_shared(ids, gates, mlp.num_experts, mlp.num_shared_experts))
+
+
+def _with_shared(ids: torch.Tensor, weights: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots for `count` experts from `first` on, with weight 1."""
+    if not count:
+        return ids, weights
+    shared = torch.arange(first, first + count, device=ids.device).expand(len(ids), count)
+    return torch.cat((ids, shared), -1), torch.cat((weights, weights.new_ones(len(ids), count)), -1)
+
+
+def chosen(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Which of `num_experts` experts each token takes, bool [T, num_experts], from ids [T, slots] of which -1 is an empty slot."""
+    marks = torch.zeros(len(topk_ids), num_experts + 1, dtype=torch.bool, device=topk_ids.device)
+    return marks.scatter_(1, topk_ids.remainder(num_experts + 1), True)[:, :num_experts]
 
 
 def limit_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
@@ -134,14 +185,20 @@ def limit_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     return grouped.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
-def dispatch(topk_ids: torch.Tensor, num_experts: int) -> Dispatch:
-    """Sort the pairs of topk_ids [T, num_slots] by expert; `num_experts` counts shared ones too."""
+def dispatch(topk_ids: torch.Tensor, num_experts: int, empty_slots: bool = False) -> Dispatch:
+    """Sort the pairs of topk_ids [T, num_slots] by expert; `num_experts` counts shared ones too.
+
+    Args:
+        empty_slots: whether ids may be -1, which makes no pair.
+    """
     flat = topk_ids.reshape(-1)
     expert, order = torch.sort(flat, stable=True)
-    inverse = torch.empty_like(order)
+    empty = int((flat < 0).sum()) if empty_slots else 0
+    expert, order = expert[empty:], order[empty:]
+    inverse = torch.zeros_like(flat)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     offsets = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    offsets[1:] = torch.bincount(flat, minlength=num_experts).cumsum(0)
+    offsets[1:] = torch.bincount(expert, minlength=num_experts).cumsum(0)
     return Dispatch(order // topk_ids.shape[1], order % topk_ids.shape[1], expert, offsets, inverse)
 
 

@@ -89,7 +89,8 @@ class TorchSession:
         cos, sin = rotary_tables(self._model.spec, positions)
         hidden = embed_tokens(self._model, torch.from_numpy(np.asarray(tokens, np.int64))[:, None]).float()
         for layer, cache in zip(self._layers, state.caches, strict=True):
-            hidden = layer.forward(hidden, cos, sin, mask, cache)
+            # A token that is said is text, whatever its id.
+            hidden = layer.forward(hidden, cos, sin, mask, cache, torch.zeros(hidden.shape[:2], dtype=torch.int64))
         state.steps += 1
         return self._logits(hidden[:, 0]).numpy()
 
@@ -109,7 +110,8 @@ class TorchSession:
         inputs = prepare_inputs(self._model, samples, vision=self._vision)
         hidden = inputs.inputs_embeds
         for index, layer in enumerate(self._layers):
-            hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, None if caches is None else caches[index])
+            cache = None if caches is None else caches[index]
+            hidden = layer.forward(hidden, inputs.cos, inputs.sin, inputs.mask, cache, inputs.router_types)
             if index < len(inputs.deepstack):
                 hidden = hidden + inputs.deepstack[index]
         return hidden, inputs.deltas.numpy()

@@ -170,7 +170,8 @@ def linear_parts(family: Family, spec: ModelSpec, name: str, shape: tuple[int, .
         if parts and all(len(part.shape) == 2 for part in parts):
             return parts
         if spec.num_shared_experts:
-            raise UnsupportedError(f"quantized checkpoints of model_type {family.model_type} are not read", "give the published form")
+            raise UnsupportedError(f"quantized checkpoints of model_type {family.model_type} are not read",
+                                   "give the floating-point checkpoint, or the published form where it is another")
     modules = quantizable_modules(name, shape, family.disk_name)
     parts = []
     for expert, names in enumerate(modules):

@@ -87,7 +87,8 @@ class DecoderSession:
         """Whether the graph is the one that ``runtime.json`` describes, before its sizes are allocated."""
         cache = [f"past_{kind}_{layer}" for layer in range(self.num_layers) for kind in ("key", "value")]
         wanted = {"inputs_embeds", "rope_cos", "rope_sin", "attention_mask", "write_indices", *cache,
-                  *(f"deepstack_{i}" for i in range(self.spec.num_deepstack)), *(["last_index"] if self.logits_last else [])}
+                  *(f"deepstack_{i}" for i in range(self.spec.num_deepstack)), *(["last_index"] if self.logits_last else []),
+                  *(["router_types"] if self.spec.image_expert_ids else [])}
         wrong = sorted(wanted ^ set(decoder.input_names))
         if wrong:
             raise BundleError(f"{self.directory}: {len(wrong)} inputs differ between {RUNTIME_JSON} and the decoder's graph, first "
@@ -156,7 +157,7 @@ class DecoderSession:
         positions = host.decode_positions(starts, state.deltas)
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
-        outputs = self._call(embeds, positions, starts, deepstack, np.zeros(len(ids), np.int64), state.cache)
+        outputs = self._call(embeds, positions, starts, deepstack, np.zeros(len(ids), np.int64), state.cache, np.zeros_like(ids))
         self._take_cache(outputs, state)
         state.cached = state.cached + (1 if active is None else active.astype(np.int64))
         return outputs["logits"][:, -1]
@@ -187,7 +188,8 @@ class DecoderSession:
         positions = np.broadcast_to(first[None, :, None] + np.arange(ids.shape[1]), (3, *ids.shape))
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
-        outputs = self._call(embeds, positions, starts, deepstack, lengths - 1, state.cache)
+        kinds = host.router_types(ids, self.spec.image_expert_ids)
+        outputs = self._call(embeds, positions, starts, deepstack, lengths - 1, state.cache, kinds)
         self._take_cache(outputs, state)
         state.cached = starts + lengths
         return {name: value for name, value in outputs.items() if not name.startswith("present_")}
@@ -250,7 +252,8 @@ class DecoderSession:
         types[np.arange(ids.shape[1]) >= lengths[:, None]] = 0
         grids = [s.image_grid_thw for s in samples if s.image_grid_thw is not None]
         positions, deltas = host.decoder_positions(
-            types, lengths, np.concatenate(grids) if grids else None, self.spec.vision.spatial_merge_size, self.spec.rope.kind
+            types, lengths, np.concatenate(grids) if grids else None, self.spec.vision.spatial_merge_size, self.spec.rope.kind,
+            self.spec.vision.queries,
         )
         embeds = self._embeddings.rows_of(ids).astype(self.dtype)
         deepstack = [np.zeros(embeds.shape, self.dtype)] * self.spec.num_deepstack
@@ -267,13 +270,14 @@ class DecoderSession:
                             "max_seq_len") from None
         cache = {f"past_{kind}_{layer}": empty for layer in range(self.num_layers) for kind in ("key", "value")}
         state = DecodeState(lengths, deltas, cache)
-        outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache)
+        kinds = host.router_types(ids, self.spec.image_expert_ids)
+        outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache, kinds)
         self._take_cache(outputs, state)
         return outputs, state, lengths
 
     def _call(
         self, embeds: np.ndarray, positions: np.ndarray, starts: np.ndarray, deepstack: list[np.ndarray],
-        last_index: np.ndarray, cache: dict[str, np.ndarray],
+        last_index: np.ndarray, cache: dict[str, np.ndarray], router_types: np.ndarray,
     ) -> dict[str, np.ndarray]:  # fmt: skip
         cos, sin = host.rope_tables(self.spec.rope, positions, self.dtype)
         feeds: dict[str, np.ndarray] = {
@@ -285,6 +289,8 @@ class DecoderSession:
             **{f"deepstack_{i}": feature for i, feature in enumerate(deepstack)},
             **cache,
         }
+        if self.spec.image_expert_ids:
+            feeds["router_types"] = router_types
         if self.logits_last:
             feeds["last_index"] = np.asarray(last_index, np.int64)
         return self._decoder.run(feeds)
@@ -315,9 +321,11 @@ class DecoderSession:
         names = ["image_features", *(f"deepstack_{i}" for i in range(self.spec.num_deepstack))]
         parts: list[list[np.ndarray]] = []
         start = at = 0
+        # An engine's profile has room for the queries of one image.
+        together = 0 if self.spec.vision.queries else _VISION_BATCH_PATCHES
         while start < len(grids):
             stop = start + 1
-            while stop < len(grids) and sizes[start : stop + 1].sum() <= _VISION_BATCH_PATCHES:
+            while stop < len(grids) and sizes[start : stop + 1].sum() <= together:
                 stop += 1
             count = int(sizes[start:stop].sum())
             feeds = host.vision_inputs(grids[start:stop], self.spec.vision, self.dtype)

@@ -6,10 +6,12 @@ The graphs hold no data-dependent shapes, no position logic and no image-grid lo
 Vision graph inputs (``num_patches`` = all patches of all images, in merge-block order)::
 
     patches           [num_patches, patch_features] T   the processor's pixel_values, see :func:`merge_block_order`
-    interp_indices    [num_patches, taps] int64         rows of the learned position table: 4 bilinear taps, or 16 bicubic ones
-    interp_weights    [num_patches, taps] T             their weights
-    rope_positions    [num_patches, 2] int64            row and column of each patch in its image
+    interp_indices    [num_patches, taps] int64         rows of the learned position table: 4 bilinear taps, 16 bicubic ones, 1 entry
+    interp_weights    [num_patches, taps] T             their weights; neither of the two where the tower has no table
+    rope_positions    [num_patches, 2] int64            row and column of each patch in its image; not where the tower has queries
     segment_ids       [num_patches] int64               which frame a patch belongs to; attention stays inside a frame
+    query_indices     [num_queries] int64               learned queries, image after image; only where the tower has some
+    query_segments    [num_queries] int64               the frame that each of them reads
 
 Merging needs no index: four (merge_size ** 2) neighbouring patches are adjacent in merge-block order.
 """
@@ -29,7 +31,7 @@ MASKED = -30000.0
 NaN), and exp() of it is 0 in float32."""
 
 
-_ROPE_KINDS = ("mrope_interleaved", "mrope", "rope")
+_ROPE_KINDS = ("mrope_interleaved", "mrope", "mrope_alternating", "rope")
 
 
 class RopeLike(Protocol):
@@ -48,6 +50,7 @@ class VisionLike(Protocol):
     num_position_embeddings: int
     position_interpolation: str
     patch_order: str
+    queries: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class HostVision:
     patch_features: int
     position_interpolation: str = "bilinear"
     patch_order: str = "merge_block"
+    queries: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class HostSpec:
     num_deepstack: int
     max_seq_len: int
     dtype: np.dtype
+    image_expert_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_runtime_json(cls, runtime: Mapping[str, Any]) -> HostSpec:
@@ -93,10 +98,12 @@ class HostSpec:
             return cls(
                 HostRope(rope["kind"], float(rope["theta"]), tuple(rope["sections"]), int(rope["head_dim"])),
                 HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features")),
-                           str(vision["position_interpolation"]), str(vision["patch_order"])),
+                           str(vision["position_interpolation"]), str(vision["patch_order"]),
+                           tuple((int(patches), int(count)) for patches, count in vision.get("queries", ()))),
                 int(runtime["num_deepstack"]),
                 int(runtime["max_seq_len"]),
                 np.dtype(runtime["dtype"]),
+                tuple(int(token) for token in runtime.get("image_expert_ids", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"runtime.json: {error!r} is missing or wrong", "export the model again") from None
@@ -107,9 +114,14 @@ def token_types(input_ids: np.ndarray, image_token_id: int) -> np.ndarray:
     return (np.asarray(input_ids) == image_token_id).astype(np.int64)
 
 
+def router_types(input_ids: np.ndarray, image_expert_ids: Sequence[int]) -> np.ndarray:
+    """Whose routed experts each token chooses from: 1 (image) for `image_expert_ids`, else 0; int64, the shape of `input_ids`."""
+    return np.isin(np.asarray(input_ids), image_expert_ids).astype(np.int64)
+
+
 def decoder_positions(
     types: np.ndarray, lengths: Sequence[int] | np.ndarray, image_grid_thw: np.ndarray | None, spatial_merge_size: int,
-    rope_kind: str = "mrope_interleaved",
+    rope_kind: str = "mrope_interleaved", queries: Sequence[tuple[int, int]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions on the three MRoPE axes, as transformers' ``get_rope_index`` gives them for a right-padded batch.
 
@@ -123,6 +135,7 @@ def decoder_positions(
         image_grid_thw: [num_images, 3] in patches, every image of the batch in order; None without images.
         spatial_merge_size: patches along a merged patch's side.
         rope_kind: as models.spec.RopeSpec.kind.
+        queries: as models.spec.VisionSpec.queries; such images have no rows and columns, so only ``"rope"`` goes with them.
 
     Returns:
         positions [3, batch, seq] int64 (0 at padding), deltas [batch] int64: the position of the token after the prompt is
@@ -148,7 +161,7 @@ def decoder_positions(
             while at < end and types[row, at] != 0:
                 if used == len(grids):
                     raise UserError(f"prompt {row} has image tokens for more than the {len(grids)} images given")
-                block, advance = _image_positions(grids[used], spatial_merge_size, rope_kind)
+                block, advance = _image_positions(grids[used], spatial_merge_size, rope_kind, queries)
                 stop = at + block.shape[1]
                 if stop > end:
                     raise UserError(
@@ -171,10 +184,31 @@ def _run_end(types: np.ndarray, start: int, length: int) -> int:
     return start + int(changes[0]) if len(changes) else length
 
 
-def _image_positions(grid: np.ndarray, merge: int, rope_kind: str) -> tuple[np.ndarray, int]:
+def image_tokens(grid: Sequence[int] | np.ndarray, merge: int, queries: Sequence[tuple[int, int]] = ()) -> int:
+    """How many tokens stand for an image.
+
+    Args:
+        grid: [3], patches along time, height and width.
+        merge, queries: as models.spec.VisionSpec has them.
+
+    Raises:
+        UserError: no queries are known for an image of that size.
+    """
+    frames, rows, columns = (int(side) for side in grid)
+    if not queries:
+        return frames * (rows // merge) * (columns // merge)
+    canvas = max(rows, columns) ** 2
+    for patches, count in queries:
+        if patches == canvas:
+            return frames * count
+    raise UserError(f"an image of {rows} x {columns} patches fills no canvas of the model",
+                    f"canvases have {', '.join(str(patches) for patches, _ in queries)} patches")
+
+
+def _image_positions(grid: np.ndarray, merge: int, rope_kind: str, queries: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
     frames, rows, columns = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
     if rope_kind == "rope":
-        count = frames * rows * columns
+        count = image_tokens(grid, merge, queries)
         return np.broadcast_to(np.arange(count), (3, count)), count
     return np.indices((frames, rows, columns)).reshape(3, -1), max(rows, columns)
 
@@ -188,7 +222,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     """cos and sin [batch, seq, head_dim / 2] for ONNX RotaryEmbedding (``interleaved=0``, the rotate-half form).
 
     Frequency ``i`` turns with the axis that owns it: interleaved sections give T H W T H W ... as long as H and W have
-    frequencies, then T; plain ones lie one behind the other; without sections the first axis owns all. The other half of head_dim
+    frequencies, then T; plain ones lie one behind the other;
+    alternating ones give H W H W ..., then T; without sections the first axis owns all. The other half of head_dim
     repeats the same angles, which RotaryEmbedding does by itself.
 
     Args:
@@ -207,6 +242,8 @@ def rope_tables(rope: RopeLike, positions: np.ndarray, dtype: np.dtype | type = 
     axis = np.zeros(half, np.int64)
     if rope.kind == "mrope":
         axis = np.repeat(np.arange(len(rope.sections)), rope.sections)
+    elif rope.kind == "mrope_alternating":
+        axis[: 2 * rope.sections[1]] = np.tile([1, 2], rope.sections[1])
     elif rope.kind == "mrope_interleaved":
         for which in (1, 2):
             axis[which : rope.sections[which] * 3 : 3] = which
@@ -268,9 +305,10 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
     Raises:
         UserError: a grid that merge_size does not divide, a table that is no square, or an unknown interpolation.
     """
-    if vision.position_interpolation not in _AXIS_TAPS:
-        raise UserError(f"position interpolation '{vision.position_interpolation}'", f"supported: {', '.join(_AXIS_TAPS)}")
-    axis_taps = _AXIS_TAPS[vision.position_interpolation]
+    tabled = vision.position_interpolation != "none"
+    if tabled and vision.position_interpolation not in _AXIS_TAPS:
+        raise UserError(f"position interpolation '{vision.position_interpolation}'", f"supported: {', '.join(_AXIS_TAPS)}, none")
+    axis_taps = _AXIS_TAPS[vision.position_interpolation] if tabled else _no_taps
     merge, side = vision.spatial_merge_size, round(vision.num_position_embeddings**0.5)
     if side * side != vision.num_position_embeddings:
         raise UserError(f"num_position_embeddings = {vision.num_position_embeddings} is no square")
@@ -291,12 +329,14 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
         segment += frames
     if not segment:
         raise UserError("no images", "the vision graph is not run for text-only prompts")
-    return {
-        "interp_indices": np.concatenate(indices),
-        "interp_weights": np.concatenate(weights).astype(dtype),
-        "rope_positions": np.concatenate(places),
-        "segment_ids": np.concatenate(segments),
-    }
+    inputs = {"segment_ids": np.concatenate(segments)}
+    if tabled:
+        inputs |= {"interp_indices": np.concatenate(indices), "interp_weights": np.concatenate(weights).astype(dtype)}
+    if not vision.queries:
+        return inputs | {"rope_positions": np.concatenate(places)}
+    counts = [image_tokens(grid, merge, vision.queries) for grid in np.asarray(image_grid_thw, np.int64).reshape(-1, 3)]
+    return inputs | {"query_indices": np.concatenate([np.arange(count) for count in counts]),
+                     "query_segments": np.repeat(np.arange(len(counts)), counts)}
 
 
 def merge_block_order(patches: np.ndarray, image_grid_thw: np.ndarray, vision: VisionLike) -> np.ndarray:
@@ -341,4 +381,17 @@ def _bicubic_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, 
     return taps, np.where(x <= 1, near, far).astype(np.float32)
 
 
-_AXIS_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps}
+def _no_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """No taps, where there is no table."""
+    return np.zeros((len(index), 0), np.int64), np.zeros((len(index), 0), np.float32)
+
+
+def _bucket_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The one entry [n, 1] whose share of an axis a patch's beginning falls into, in Idefics3's float32."""
+    count = int(np.ceil((1.0 - 1 / side) / (1 / side)))
+    boundaries = (1 / side + np.arange(count) * (1 / side)).astype(np.float32)
+    place = np.minimum(index.astype(np.float32) * (np.float32(1.0) / np.float32(size)), np.float32(1 - 1e-6))
+    return np.searchsorted(boundaries, place, side="right")[:, None], np.ones((len(index), 1), np.float32)
+
+
+_AXIS_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps, "bucket": _bucket_taps}

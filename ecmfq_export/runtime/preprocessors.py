@@ -11,6 +11,8 @@ from PIL import Image
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.json_file import read_json
+from ecmfq_export.runtime.aria_images import AriaPreprocessor
+from ecmfq_export.runtime.host_inputs import image_tokens
 from ecmfq_export.runtime.images import MAX_PIXELS, ImageInput, load_rgb
 
 PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
@@ -33,12 +35,10 @@ class Preprocessor(Protocol):
     """What makes patches of images.
 
     Attributes:
-        merge_size: patches along each side of a merged patch.
         image_token: the placeholder that stands for one merged patch in this kind's prompts.
         reserved_tokens: placeholders that a text may not hold where the tokenizer knows them.
     """
 
-    merge_size: int
     image_token: str
     reserved_tokens: tuple[str, ...]
 
@@ -48,6 +48,10 @@ class Preprocessor(Protocol):
         Raises:
             UserError: an image that cannot be read, or whose shape is refused.
         """
+        ...
+
+    def num_tokens(self, grid: np.ndarray) -> int:
+        """How many tokens stand for an image of a grid [3]."""
         ...
 
 
@@ -153,6 +157,9 @@ class QwenPreprocessor:
             grids.append(result["image_grid_thw"].astype(np.int64, copy=False))
         return np.concatenate(patches), np.concatenate(grids)
 
+    def num_tokens(self, grid: np.ndarray) -> int:
+        return image_tokens(grid, self.merge_size)
+
 
 class GlmPreprocessor(QwenPreprocessor):
     """GLM-4.1V's image processor, which GLM-4.5V and GLM-4.6V use: Qwen2-VL's with other rules for the size."""
@@ -168,6 +175,21 @@ class GlmPreprocessor(QwenPreprocessor):
         from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
         return Glm4vImageProcessorPil(**settings)
+
+
+class ErniePreprocessor(GlmPreprocessor):
+    """ERNIE-4.5-VL's image processor: Qwen2-VL's with patches of one frame."""
+
+    KINDS = tuple(f"{name}ImageProcessor{form}" for name in ("Ernie4_5_VLMoe", "Ernie4_5_VL_Moe") for form in ("", "Fast", "Pil"))
+
+    image_token = "<|IMAGE_PLACEHOLDER|>"
+    reserved_tokens = ("<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_PLACEHOLDER|>")
+
+    @staticmethod
+    def _build(settings: dict[str, Any]) -> Any:
+        from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
+
+        return Ernie4_5_VLMoeImageProcessorPil(**settings)
 
 
 class NavitPreprocessor:
@@ -237,6 +259,9 @@ class NavitPreprocessor:
             grids.append([1, rows, columns])
         return np.concatenate(patches), np.array(grids, np.int64)
 
+    def num_tokens(self, grid: np.ndarray) -> int:
+        return image_tokens(grid, self.merge_size)
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after shrinking, before padding."""
         count = max(1, width // self.patch_size) * max(1, height // self.patch_size)
@@ -248,4 +273,4 @@ class NavitPreprocessor:
         return (min(longest, max(1, int(width * scale))), min(longest, max(1, int(height * scale))))
 
 
-_LOADERS = (QwenPreprocessor, GlmPreprocessor, NavitPreprocessor)
+_LOADERS = (QwenPreprocessor, GlmPreprocessor, ErniePreprocessor, NavitPreprocessor, AriaPreprocessor)

@@ -30,7 +30,6 @@ class Processor:
     Attributes:
         image_token_id: the placeholder that stands for one merged image patch.
         eos_token_ids: tokens that end an answer, most usual first.
-        merge_size: patches along each side of a merged patch.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -41,7 +40,6 @@ class Processor:
         self.directory = Path(directory)
         self.tokenizer = _load_tokenizer(self.directory)
         self._images = load_preprocessor(self.directory)
-        self.merge_size = self._images.merge_size
         self.image_token_id = self._special(self._images.image_token)
         vocabulary = self.tokenizer.get_vocab()
         self._reserved = tuple(token for token in self._images.reserved_tokens if token in vocabulary)
@@ -143,8 +141,8 @@ class Processor:
             raise CheckpointError(f"the tokenizer of {self.directory} fails: {error}", "copy its files from the model again") from None
 
     def expand(self, ids: Sequence[int], grids: np.ndarray) -> list[int]:
-        """`ids` with as many placeholders for each image as it has merged patches; grids [num_images, 3]."""
-        counts = iter((grids.prod(axis=1) // self.merge_size**2).tolist())
+        """`ids` with as many placeholders for each image as it has tokens; grids [num_images, 3]."""
+        counts = iter([self._images.num_tokens(grid) for grid in grids])
         out: list[int] = []
         for token in ids:
             out.extend([token] * next(counts) if token == self.image_token_id else [token])

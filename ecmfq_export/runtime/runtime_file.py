@@ -85,10 +85,20 @@ def _check(top: _Fields) -> None:
     if rope.data["head_dim"] > top.data["head_dim"]:
         raise rope.wrong("head_dim", f"at most head_dim = {top.data['head_dim']}")
     vision = top.table("vision")
-    for name in _VISION_COUNTS:
-        vision.whole(name, 1)
     for name in ("position_interpolation", "patch_order"):
         vision.text(name)
+    for name in _VISION_COUNTS:
+        # A tower without a position table has no entries of it.
+        vision.whole(name, int(name != "num_position_embeddings" or vision.data["position_interpolation"] != "none"))
+    queries = vision.data.get("queries", [])
+    if not isinstance(queries, list) or any(
+        not isinstance(pair, list) or len(pair) != 2 or any(type(n) is not int or not 1 <= n <= _MAX_COUNT for n in pair)
+        for pair in queries
+    ):
+        raise vision.wrong("queries", "pairs of patches and queries")
+    ids = top.data.get("image_expert_ids", [])
+    if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token <= _MAX_COUNT for token in ids):
+        raise top.wrong("image_expert_ids", "token ids")
     if "moe" in top.data and not isinstance(top.data["moe"], dict | None):
         raise top.wrong("moe", "an object, or null")
 

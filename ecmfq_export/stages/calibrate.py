@@ -15,6 +15,7 @@ from ecmfq_export.errors import UnsupportedError
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, load_head, load_layer
+from ecmfq_export.models.torch_math import chosen
 from ecmfq_export.progress import Progress
 from ecmfq_export.quant import macs
 from ecmfq_export.quant.token_weights import TEXT, VISION, vision_attention_mass
@@ -183,10 +184,10 @@ def _score_batch(
     x = layer.moe_input(hidden)
     tally.attention[batch.samples] += vision_attention_mass(probs, batch.types, batch.valid).cpu() / model.spec.num_layers
     if place is None or projection is None:
-        out = hidden + layer.mlp(x)
+        out = hidden + layer.mlp(x, batch.router_types)
     else:
         tokens = x.flatten(0, 1)
-        routing = layer.route(tokens)
+        routing = layer.route(tokens, None if batch.router_types is None else batch.router_types.flatten())
         _tally_routing(tally, place, layer, routing, batch)
         tally.features[batch.samples] += _channel_features(x, batch).cpu() @ projection / len(model.spec.moe_layers) ** 0.5
         out = hidden + layer.experts(tokens, routing).view_as(x)
@@ -218,7 +219,7 @@ def _tally_routing(tally: _Tally, place: int, layer: DecoderLayer, routing: Rout
         inside = ((batch.types.flatten() == modality) & valid).unsqueeze(1)
         tally.mass[batch.samples, place, :, modality] = (mass * inside).view(size, length, -1).sum(1).cpu()
     # Shared experts take every token: they say nothing of a sample.
-    routed = torch.zeros_like(mass).scatter_(1, routing.topk_ids[:, : _moe(layer).top_k], 1.0) * valid.unsqueeze(1)
+    routed = chosen(routing.topk_ids[:, : _moe(layer).top_k], mass.shape[1]) & valid.unsqueeze(1)
     tally.tokens[batch.samples, place] = routed.view(size, length, -1).sum(1).long().cpu()
 
 
@@ -226,7 +227,11 @@ def potential_mass(routing: Routing, layer: DecoderLayer) -> torch.Tensor:
     """Router scores of the 2k best routed experts of each token, others 0: float32 [T, E] ("potentially activated" experts)."""
     mlp = _moe(layer)
     best = routing.scores.topk(min(2 * mlp.top_k, mlp.num_experts), dim=-1)
-    return torch.zeros_like(routing.scores).scatter_(1, best.indices, best.values)
+    values = best.values
+    if mlp.type_parts:  # a token with empty slots has fewer candidates
+        taken = (routing.topk_ids[:, : mlp.top_k] >= 0).sum(-1, keepdim=True)
+        values = values * (torch.arange(values.shape[-1]) < 2 * taken)
+    return torch.zeros_like(routing.scores).scatter_(1, best.indices, values)
 
 
 def routed_mass(routing: Routing, layer: DecoderLayer, types: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ class LayerQuantizer:
 
         def batches() -> Iterator[RoutedBatch]:
             for store, batch, x, reference in self._moe_inputs(attended, self._middle_name(weighting)):
-                routed = mlp_view.route(attended, x)
+                routed = mlp_view.route(attended, x, batch.valid_router_types)
                 yield RoutedBatch(x, reference, routed, self._weights(weighting, batch, store, routed))
 
         quantized, errors["gate_up"] = round_gate_up(layer, gate_up, batches, settings)
@@ -116,7 +116,7 @@ class LayerQuantizer:
         stream = self._train if side == "train" else self._heldout
         for batch in stream.batches:
             middle = stream.store.get(f"{self._middle_name(weighting)}/{batch.index}")
-            out = middle + layer.mlp(layer.moe_input(middle))
+            out = middle + layer.mlp(layer.moe_input(middle), batch.router_types)
             stream.store.put(f"{into}/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
 
     def drop_weights(self) -> None:
@@ -139,7 +139,7 @@ class LayerQuantizer:
                 read, probs = attention_view.taps(layer, hidden, batch)
                 context = read[self._groups[-1].name]
                 middle = hidden + layer.linear(context, "self_attn.o_proj")
-                out = middle + layer.mlp(layer.moe_input(middle))
+                out = middle + layer.mlp(layer.moe_input(middle), batch.router_types)
                 stream.store.put(f"fp.next/{batch.index}", add_deepstack(out, self._index, batch, stream.store))
                 if stream is self._train or self._parts.chooses_weighting:
                     scores = cross_modal_scores(probs, batch.types, batch.valid)
@@ -212,7 +212,7 @@ class LayerQuantizer:
         for batch in self._train.batches:
             middle = store.get(f"q/{batch.index}") + tried.linear(store.get(f"layer.context.q/{batch.index}"), "self_attn.o_proj")
             for found, hidden in zip(logits, (store.get(f"layer.middle/{batch.index}"), middle), strict=True):
-                found.append(layer.route(layer.moe_input(hidden[batch.valid])).logits)
+                found.append(layer.route(layer.moe_input(hidden[batch.valid]), batch.valid_router_types).logits)
         return routing_divergence(torch.cat(logits[0]), torch.cat(logits[1]), layer.spec.mlp.top_k)
 
     def _add_dense(
@@ -244,7 +244,7 @@ class LayerQuantizer:
 
     def _count_tokens(self, layer: DecoderLayer, weighting: Weighting) -> None:
         for _, batch, x, _ in self._moe_inputs(layer, self._middle_name(weighting)):
-            routed = mlp_view.route(layer, x)
+            routed = mlp_view.route(layer, x, batch.valid_router_types)
             types = batch.types[batch.valid][routed.token]
             self.tokens += torch.bincount(2 * routed.expert + types, minlength=self.tokens.numel()).view_as(self.tokens)
 

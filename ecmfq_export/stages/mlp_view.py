@@ -75,11 +75,11 @@ def unstack(weight: QTensor) -> QTensor:
     return QTensor(weight.qvalue[0], weight.scale[0], weight.num_bits, weight.group_size, multiplier)
 
 
-def route(layer: DecoderLayer, x: torch.Tensor) -> Routed:
-    """Route tokens x [T, d] as the layer does."""
+def route(layer: DecoderLayer, x: torch.Tensor, types: torch.Tensor | None = None) -> Routed:
+    """Route tokens x [T, d] as the layer does; types as for ``DecoderLayer.route``."""
     if not isinstance(layer.spec.mlp, MoESpec):
         return Routed(torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64), torch.ones(len(x)), None, None)
-    routing = layer.route(x)
+    routing = layer.route(x, types)
     where = layer.dispatch(routing)
     return Routed(where.token, where.expert, routing.topk_weights[where.token, where.slot], where, routing)
 

@@ -73,7 +73,7 @@ def measure_gamma(
                 with torch.enable_grad():
                     attended, _ = layer.attend(layer.attention_input(hidden), batch.cos, batch.sin, batch.mask)
                     middle = hidden + attended
-                    out = add_deepstack(middle + layer.mlp(layer.moe_input(middle)), index, batch, store)
+                    out = add_deepstack(middle + layer.mlp(layer.moe_input(middle), batch.router_types), index, batch, store)
                     earlier, inside = torch.autograd.grad(out, (hidden, middle), gradient)
                 for modality in (TEXT, VISION):
                     rows = (batch.types == modality) & batch.valid

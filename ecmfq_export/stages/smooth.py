@@ -44,12 +44,14 @@ class Taps:
         attention: float32 [T, K], what each group of attention projections reads, by name.
         moe_input: float32 [T, d].
         types: int64 [T]; phi: float32 [T].
+        router_types: int64 [T], whose experts a token chooses from; None where the batches have none.
     """
 
     attention: dict[str, torch.Tensor]
     moe_input: torch.Tensor
     types: torch.Tensor
     phi: torch.Tensor
+    router_types: torch.Tensor | None = None
 
 
 def smooth(
@@ -151,7 +153,7 @@ def _tap(
     total = sum(int(batch.lengths.sum()) for batch in batches)
     generator = torch.Generator().manual_seed(config.seed * 7919 + 2 * index + salt)
     attention = [group.name for group in attention_view.groups(layer.spec.attention)]
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*attention, "moe_input", "types", "phi")}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in (*attention, "moe_input", "types", "phi", "router_types")}
     for batch in batches:
         hidden = store.get(f"hidden/{batch.index}")
         read, probs = attention_view.taps(layer, hidden, batch)
@@ -159,10 +161,11 @@ def _tap(
         hidden = hidden + layer.linear(read[attention[-1]], "self_attn.o_proj")
         inputs = layer.moe_input(hidden)
         keep = batch.valid & (torch.rand(batch.types.shape, generator=generator, device="cpu") < MAX_TOKENS / total).to(store.device)
-        for name, value in {**read, "moe_input": inputs, "types": batch.types, "phi": phi}.items():
-            rows[name].append(value[keep])
-        store.put(f"hidden/{batch.index}", add_deepstack(hidden + layer.mlp(inputs), index, batch, store))
-    joined = {name: torch.cat(values) for name, values in rows.items()}
+        for name, value in {**read, "moe_input": inputs, "types": batch.types, "phi": phi, "router_types": batch.router_types}.items():
+            if value is not None:
+                rows[name].append(value[keep])
+        store.put(f"hidden/{batch.index}", add_deepstack(hidden + layer.mlp(inputs, batch.router_types), index, batch, store))
+    joined = {name: torch.cat(values) for name, values in rows.items() if values}
     order = torch.randperm(len(joined["types"]), generator=generator, device="cpu").to(store.device)
     shuffled = {name: value[order] for name, value in joined.items()}
     return Taps({name: shuffled.pop(name) for name in attention}, **shuffled)
@@ -307,12 +310,12 @@ class _Searcher:
 
     def _mlp_pairs(self, layer: DecoderLayer, taps: Taps) -> Pairs:
         """Pairs of the MLP's input, with the method's token weights."""
-        routed = mlp_view.route(layer, taps.moe_input)
+        routed = mlp_view.route(layer, taps.moe_input, taps.router_types)
         return Pairs(taps.moe_input, routed.token, routed.expert, self._weights(layer, taps, routed), taps.types)
 
     def _inner_pairs(self, layer: DecoderLayer, taps: Taps) -> Pairs:
         """Pairs of the MLP's intermediate, one row a pair."""
-        routed = mlp_view.route(layer, taps.moe_input)
+        routed = mlp_view.route(layer, taps.moe_input, taps.router_types)
         inner = mlp_view.intermediate(layer, taps.moe_input, routed)
         return Pairs(inner, torch.arange(len(inner)), routed.expert, self._weights(layer, taps, routed), taps.types[routed.token])
 
@@ -329,7 +332,7 @@ class _Searcher:
         return torch.tensor([text, 1.0])[types]
 
     def _importance(self, layer: DecoderLayer, taps: Taps) -> torch.Tensor:
-        routed = mlp_view.route(layer, taps.moe_input)
+        routed = mlp_view.route(layer, taps.moe_input, taps.router_types)
         if routed.routing is None or self._method.importance == "equal":
             return torch.ones(mlp_view.num_experts(layer))
         if self._method.importance == "consensus":

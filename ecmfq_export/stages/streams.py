@@ -119,7 +119,13 @@ class Batch:
         lengths: int64 [B].
         num_deepstack: DeepStack tensors in the store; 0 for a batch without images.
         store: what keeps its rotary tables, ``cos/{index}`` and ``sin/{index}``.
+        router_types: int64 [B, S], as ``models.inputs.DecoderInputs`` has them.
     """
+
+    @property
+    def valid_router_types(self) -> torch.Tensor | None:
+        """`router_types` without padding, [T]."""
+        return None if self.router_types is None else self.router_types[self.valid]
 
     index: int
     samples: list[int]
@@ -127,6 +133,7 @@ class Batch:
     lengths: torch.Tensor
     num_deepstack: int
     store: ActivationStore
+    router_types: torch.Tensor | None = None
 
     @property
     def cos(self) -> torch.Tensor:
@@ -187,8 +194,9 @@ def prepare_batches(
                 store.put(f"{name}/{index}", value)
             for i, deep in enumerate(deepstack):
                 store.put(f"deepstack.{i}/{index}", deep)
+            kinds = None if inputs.router_types is None else inputs.router_types.to(store.device)
             yield Batch(index, [number for number, _ in group], inputs.token_types.to(store.device), inputs.lengths.to(store.device),
-                        len(deepstack), store)
+                        len(deepstack), store, kinds)
 
 
 def _windows(items: Iterable[tuple[int, ProcessedSample]]) -> Iterator[list[tuple[int, ProcessedSample]]]:
@@ -233,5 +241,6 @@ def advance(
     """Move a stream through one layer: ``{stream}/{i}`` becomes the layer's output, kept under `into` (default: in its place)."""
     for batch in batches:
         hidden = store.get(f"{stream}/{batch.index}")
-        out = layer.forward(hidden, batch.cos, batch.sin, batch.mask) if forward is None else forward(hidden, batch)
+        out = (layer.forward(hidden, batch.cos, batch.sin, batch.mask, types=batch.router_types) if forward is None
+               else forward(hidden, batch))
         store.put(f"{into or stream}/{batch.index}", add_deepstack(out, index, batch, store))

@@ -13,6 +13,7 @@ from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.rotated import residual_rotation
 from ecmfq_export.models.spec import MoESpec
 from ecmfq_export.models.torch_decoder import DecoderLayer, Routing, decoder_logits, load_layer
+from ecmfq_export.models.torch_math import chosen
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.validate.compare import Difference
 
@@ -75,13 +76,13 @@ class Lockstep:
         for index in range(self._float.spec.num_layers):
             # One model's layer after the other's: only one of them is in memory.
             layer = load_layer(self._float, index)
-            chosen = []
+            picked = []
             for batch in batches:
                 batch.float_hidden, routing = _run(layer, batch.float_hidden, batch.floating)
-                chosen.append(None if routing is None else routing.topk_ids)
+                picked.append(None if routing is None else routing.topk_ids)
             del layer
             layer = load_layer(self._quantized, index)
-            for batch, ids in zip(batches, chosen, strict=True):
+            for batch, ids in zip(batches, picked, strict=True):
                 batch.quantized_hidden, routing = _run(layer, batch.quantized_hidden, batch.quantized)
                 if record:
                     self._record(index, batch, ids, None if routing is None else routing.topk_ids)
@@ -118,15 +119,14 @@ class Lockstep:
         if floating is None or quantized is None or not isinstance(mlp, MoESpec):
             return
         flat = valid.reshape(-1)
-        chosen = [torch.zeros(len(flat), mlp.num_experts, dtype=torch.bool).scatter_(1, ids[:, : mlp.top_k], True)[flat]
-                  for ids in (floating, quantized)]  # fmt: skip
+        taken = [chosen(ids[:, : mlp.top_k], mlp.num_experts)[flat] for ids in (floating, quantized)]
         vision = batch.floating.token_types[valid].bool()
         for name, members in (("text", ~vision), ("vision", vision)):
-            counts = chosen[0][members].sum(0).numpy()
+            counts = taken[0][members].sum(0).numpy()
             before = getattr(record, name)
             setattr(record, name, counts if before is None else before + counts)
-        record.picks += int(chosen[0].sum())
-        record.same += int((chosen[0] & chosen[1]).sum())
+        record.picks += int(taken[0].sum())
+        record.same += int((taken[0] & taken[1]).sum())
 
 
 def batch_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -148,10 +148,10 @@ def _run(layer: DecoderLayer, hidden: torch.Tensor, inputs: DecoderInputs) -> tu
     x, routing = layer.moe_input(hidden), None
     if isinstance(layer.spec.mlp, MoESpec):
         tokens = x.reshape(-1, x.shape[-1])
-        routing = layer.route(tokens)
+        routing = layer.route(tokens, None if inputs.router_types is None else inputs.router_types.reshape(-1))
         hidden = hidden + layer.experts(tokens, routing).view(x.shape)
     else:
-        hidden = hidden + layer.mlp(x)
+        hidden = hidden + layer.mlp(x, inputs.router_types)
     if layer.spec.index < len(inputs.deepstack):
         hidden = hidden + inputs.deepstack[layer.spec.index]
     return hidden, routing

@@ -62,7 +62,7 @@ def decoder_inputs(model: MoEVLM, seed: int, batch: int, seq: int) -> tuple[Deco
     inputs = DecoderInputs(
         torch.from_numpy(embeds), torch.from_numpy(np.concatenate([cos, cos], -1)),
         torch.from_numpy(np.concatenate([sin, sin], -1)), torch.from_numpy(mask), [torch.from_numpy(d) for d in deepstack],
-        torch.from_numpy(types), torch.full((batch,), seq), torch.zeros(batch, dtype=torch.int64),
+        torch.from_numpy(types), torch.full((batch,), seq), torch.zeros(batch, dtype=torch.int64), torch.from_numpy(types),
     )  # fmt: skip
     return inputs, positions
 

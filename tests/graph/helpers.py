@@ -115,7 +115,7 @@ class Decoder:
         self.cache = {f"past_{k}_{i}": np.full(cache, 7.0, dtype) for i in range(spec.num_layers) for k in ("key", "value")}
         self.names = [o.name for o in runner.get_outputs()]
 
-    def step(self, embeds, positions, cached, deepstack=None, last_index=None) -> dict[str, np.ndarray]:
+    def step(self, embeds, positions, cached, deepstack=None, last_index=None, types=None) -> dict[str, np.ndarray]:
         """One call; `embeds` [batch, seq, hidden], `positions` [3, batch, seq], `cached` [batch]."""
         batch, seq, _ = embeds.shape
         cos, sin = host.rope_tables(self.spec.rope, positions, self.dtype)
@@ -126,6 +126,8 @@ class Decoder:
         }  # fmt: skip
         for i in range(self.spec.num_deepstack):
             feeds[f"deepstack_{i}"] = (np.zeros_like(embeds) if deepstack is None else deepstack[i]).astype(self.dtype)
+        if self.spec.image_expert_ids:
+            feeds["router_types"] = np.zeros((batch, seq), np.int64) if types is None else types
         if last_index is not None:
             feeds["last_index"] = np.asarray(last_index, np.int64)
         out = dict(zip(self.names, self.runner.run(None, feeds), strict=True))

@@ -24,6 +24,8 @@ from tests.graph.checkpoints import decoder_inputs, quantized_checkpoint
 from tests.graph.helpers import Decoder, session
 from tests.graph.test_kimi import VARIANTS
 from tests.interop.checkpoints import make
+from tests.tiny_aria import make_aria
+from tests.tiny_ernie import make_ernie
 from tests.tiny_kimi import make_kimi_vl
 
 SEQ = 24
@@ -43,7 +45,8 @@ def check(model: MoEVLM) -> ir.Model:
     graph = weight_only_graph(model)
     inputs, positions = decoder_inputs(model, 2, 2, 13)
     deepstack = [feature.numpy() for feature in inputs.deepstack]
-    out = Decoder(session(graph, reference=False), model.spec, SEQ, 2).step(inputs.inputs_embeds.numpy(), positions, [0, 0], deepstack)
+    decoder = Decoder(session(graph, reference=False), model.spec, SEQ, 2)
+    out = decoder.step(inputs.inputs_embeds.numpy(), positions, [0, 0], deepstack, types=inputs.router_types.numpy())
     expected = run_decoder(model.with_float_activations(), inputs).numpy()
     np.testing.assert_allclose(out["logits"], expected, atol=2e-5 * np.abs(expected).max())
     return graph
@@ -70,6 +73,18 @@ def test_two_level_scales(tmp_path) -> None:
 def test_every_router_is_ours(tmp_path, variant: str) -> None:
     """Sigmoid scores with selection bias and scaling, groups, no renormalization, shared experts."""
     check(quantized_checkpoint(tmp_path, attention=4, make=make_kimi_vl, **VARIANTS[variant])[1])
+
+
+def test_experts_that_lie_transposed(tmp_path) -> None:
+    check(quantized_checkpoint(tmp_path, attention=4, make=make_aria)[1])
+
+
+@pytest.mark.parametrize("widths", [[64, 32], [32, 64]])
+def test_slots_that_a_token_leaves_empty(tmp_path, widths: list[int]) -> None:
+    """Text and image tokens with experts of their own of different widths."""
+    model = quantized_checkpoint(tmp_path, attention=4, make=make_ernie, moe_intermediate_size=widths)[1]
+    graph = check(model)
+    assert [node.attributes["k"].as_int() for node in graph.graph if node.op_type == "QMoE"] == [model.spec.layers[1].mlp.num_slots]
 
 
 def test_float16_stays_near(tmp_path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
+from transformers import AriaConfig, Ernie4_5_VLMoeConfig, Glm4vMoeConfig
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.registry import SUPPORTED
 from tests.models.test_config_fields import changed, fields, flipped, spec_of, value_at
+from tests.tiny_aria import aria_config
+from tests.tiny_ernie import ernie_config
 from tests.tiny_glm import glm_config
 from tests.tiny_omni import omni_config
 
@@ -20,9 +24,12 @@ HARMLESS = {
     "output_hidden_states", "return_dict", "problem_type",
     "talker_config", "code2wav_config", "audio_config", "enable_audio_output", "im_start_token_id", "im_end_token_id", "tts_bos_token_id",
     "tts_eos_token_id", "tts_pad_token_id", "system_token_id", "user_token_id", "assistant_token_id", "audio_start_token_id",
-    "audio_end_token_id", "position_id_per_seconds", "video_start_token_id", "video_end_token_id",
+    "audio_end_token_id", "position_id_per_seconds", "video_start_token_id", "video_end_token_id", "pretraining_tp",
 }  # fmt: skip
 """Fields whose value may change without changing inference on text and images, decided here independently of the code."""
+
+VIDEO = {"video_start_token_id", "video_end_token_id"}
+"""ERNIE's experts of images take these tokens."""
 
 
 def saved(config: Any, name: str) -> dict[str, Any]:
@@ -40,7 +47,9 @@ OMNI = saved(_OMNI, "Qwen3OmniMoeForConditionalGeneration")
 THINKER = saved(_OMNI.thinker_config, "Qwen3OmniMoeThinkerForConditionalGeneration")
 # One pixel more is one patch more.
 GLM = saved(glm_config(vision={"image_size": 27}), "Glm4vMoeForConditionalGeneration")
-BASES = {base["model_type"]: base for base in (OMNI, THINKER, GLM)}
+ERNIE = saved(ernie_config(), "Ernie4_5_VLMoeForConditionalGeneration")
+ARIA = saved(aria_config(vision={"image_size": 559}), "AriaForConditionalGeneration")
+BASES = {base["model_type"]: base for base in (OMNI, THINKER, GLM, ERNIE, ARIA)}
 CASES = [pytest.param(base, path, id=f"{name}: {path}") for name, base in BASES.items() for path in fields(base)]
 
 
@@ -48,7 +57,7 @@ CASES = [pytest.param(base, path, id=f"{name}: {path}") for name, base in BASES.
 def test_no_field_goes_unnoticed(base: dict[str, Any], path: str) -> None:
     family, last = SUPPORTED[base["model_type"]], path.split(".")[-1]
     config = changed(path, flipped(value_at(base, path)), base)
-    if last in HARMLESS:
+    if last in HARMLESS - (VIDEO if base is ERNIE else set()) or (base in (ERNIE, ARIA) and path == "text_config.tie_word_embeddings"):
         assert spec_of(config) == spec_of(base)
         return
     try:
@@ -70,17 +79,19 @@ def test_unknown_fields_are_refused(base: dict[str, Any], where: str) -> None:
         spec_of(changed(path + "expert_score_power", 2, base))
 
 
-@pytest.mark.parametrize("path", [path for path in fields(GLM) if path != "model_type"])
-def test_absent_fields_of_glm_take_transformers_defaults(path: str) -> None:
-    config = changed(path, ..., GLM)
+CLASSES = {"glm4v_moe": Glm4vMoeConfig, "ernie4_5_vl_moe": Ernie4_5_VLMoeConfig, "aria": AriaConfig}
+ABSENT = [(BASES[name], path) for name in CLASSES for path in fields(BASES[name]) if path != "model_type"]
+
+
+@pytest.mark.parametrize(("base", "path"), ABSENT, ids=[f"{base['model_type']}: {path}" for base, path in ABSENT])
+def test_absent_fields_take_transformers_defaults(base: dict[str, Any], path: str) -> None:
+    config = changed(path, ..., base)
     try:
         spec = spec_of(config)
     except UserError:
         return
-    from transformers import Glm4vMoeConfig
-
-    filled = Glm4vMoeConfig(**{key: value for key, value in copy.deepcopy(config).items() if key != "model_type"})
-    assert spec == spec_of(saved(filled, "Glm4vMoeForConditionalGeneration"))
+    given = {key: value for key, value in copy.deepcopy(config).items() if key != "model_type"}
+    assert spec == spec_of(saved(CLASSES[base["model_type"]](**given), base["architectures"][0]))
 
 
 REFUSED = [
@@ -107,11 +118,37 @@ REFUSED = [
     (GLM, "vision_config.out_hidden_size", 96, "out_hidden_size 96"),
     (GLM, "vision_config.num_heads", 5, "5 heads"),
     (GLM, "image_token_id", 288, "outside vocab_size"),
+    (ERNIE, "text_config.use_bias", True, "no place in the kernels"),
+    (ERNIE, "text_config.moe_intermediate_size", [96], "expected two widths"),
+    (ERNIE, "text_config.moe_intermediate_size", [96, 0], "expected two widths"),
+    (ERNIE, "text_config.moe_k", 7, "moe_k = 7 of moe_num_experts = 6"),
+    (ERNIE, "text_config.mlp_layer_types", ["dense", "linear"], "expected dense or sparse"),
+    (ERNIE, "text_config.rope_parameters.mrope_section", [8, 4, 4], "as many for rows"),
+    (ERNIE, "text_config.rope_parameters.mrope_section", [8, 8], "as many for rows"),
+    (ERNIE, "text_config.num_experts", 7, "num_experts = 7"),
+    (ERNIE, "vision_config.temporal_merge_size", 3, "resampler"),
+    (ERNIE, "vision_config.hidden_act", "gelu", "no such tower"),
+    (ERNIE, "image_token_id", 288, "outside vocab_size"),
+    (ARIA, "text_config.mlp_bias", True, "no place in the kernels"),
+    (ARIA, "text_config.hidden_act", "gelu", "SiLU"),
+    (ARIA, "text_config.moe_topk", 9, "moe_topk = 9 of moe_num_experts = 8"),
+    (ARIA, "text_config.rope_parameters.rope_type", "yarn", "rope"),
+    (ARIA, "text_config.head_dim", 31, "head_dim"),
+    (ARIA, "vision_feature_layer", -2, "the projector reads the last layer"),
+    (ARIA, "vision_config.model_type", "siglip_vision_model", "supported: 'idefics3_vision'"),
+    (ARIA, "vision_config.hidden_act", "gelu", "no such tower"),
+    (ARIA, "vision_config.num_attention_heads", 5, "5 heads"),
+    (ARIA, "projector_patch_to_query_dict", {"48": 8}, "numbers of patches in a square"),
+    (ARIA, "projector_patch_to_query_dict", {"49": 0}, "numbers of patches in a square"),
+    (ARIA, "projector_patch_to_query_dict", {"49": 7}, "it is the largest"),
+    (ARIA, "image_token_id", 3, "image_token_index = 263 but image_token_id = 3"),
+    (ARIA, "image_token_index", 288, "outside vocab_size"),
 ]
 
 
 @pytest.mark.parametrize(("base", "path", "value", "message"), REFUSED,
                          ids=[f"{base['model_type']}: {path}={value}" for base, path, value, _ in REFUSED])
 def test_values(base: dict[str, Any], path: str, value: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as error:
         spec_of(changed(path, value, base))
+    assert re.search(message, f"{error.value.what}: {error.value.fix}")

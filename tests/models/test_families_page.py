@@ -36,7 +36,8 @@ def test_headers_that_are_named_are_checked() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_known_models_are_refused_with_a_reason(name: str) -> None:
-    assert name in CONFIG_MAPPING
+    # One is told by remote code's name.
+    assert name in CONFIG_MAPPING or name == "ernie4_5_moe_vl"
     with pytest.raises(UnsupportedError, match=name) as error:
         family_of({"model_type": name})
     assert REFUSED[name] in str(error.value)

@@ -1,7 +1,9 @@
 """Every tensor of the published checkpoints, by name and shape, has exactly one place in our map.
 
 ``published_tensors.json`` holds facts: each model's config.json, and its tensors as patterns (``{0:27}`` counts, ``{a,b}`` lists),
-written down from what public loaders of these checkpoints ask for.
+written down from what public loaders of these checkpoints ask for. ERNIE's config is the form that transformers 5 makes of the published
+one, with the values that its classes and its converter give for that checkpoint. Aria's sizes are from memory; they make its 25.3 billion
+parameters. Whether its checkpoint holds the norm behind the tower, which loaders pass over, makes no difference.
 """
 
 from __future__ import annotations
@@ -95,3 +97,31 @@ def test_glm_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
     assert mlp.router.scoring == "sigmoid" and mlp.router.selection_bias and mlp.router.renormalize
     assert spec.rope == RopeSpec("mrope", 10000.0, (8, 12, 12), 64) and attention.scale == 128**-0.5
     assert attention.bias and not attention.output_bias and not attention.qk_norm and spec.vision.num_position_embeddings == 576
+
+
+def test_ernie_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
+    model = open_published(monkeypatch, tmp_path, "ERNIE-4.5-VL-28B-A3B-PT", published("ERNIE-4.5-VL-28B-A3B-PT"))
+    spec, mlp = model.spec, model.spec.layers[27].mlp
+    # 64 text experts of three pieces, 64 image experts of one, a shared MLP of two text experts' width.
+    assert model.shape("layers.1.mlp.experts.gate_up_proj") == (262, 1024, 2560) and not model.unused
+    assert (mlp.type_parts, mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.num_slots) == ((3, 1), 256, 6, 18, 24)
+    assert model.shape("layers.1.mlp.router.weight") == (128, 2560) and spec.moe_layers == tuple(range(1, 28))
+    assert spec.rope == RopeSpec("mrope_alternating", 500000.0, (20, 22, 22), 128) and spec.layers[0].attention.rope_interleaved
+    assert spec.image_expert_ids == (100295, 101304, 101305, 101306, 101307) and spec.vision.position_interpolation == "none"
+
+
+def test_ernie_as_transformers_saves_it(monkeypatch, tmp_path: Path) -> None:
+    """The tower's names have the model's prefix then."""
+    tensors = published("ERNIE-4.5-VL-28B-A3B-PT")
+    saved = {f"model.{name}" if name.startswith("vision_model.") else name: shape for name, shape in tensors.items()}
+    model = open_published(monkeypatch, tmp_path, "ERNIE-4.5-VL-28B-A3B-PT", saved)
+    assert model.float_source("vision.vision_tower.ln.weight").name == "model.vision_model.ln.weight"
+
+
+def test_aria_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
+    model = open_published(monkeypatch, tmp_path, "Aria", published("Aria"))
+    spec, mlp = model.spec, model.spec.layers[0].mlp
+    assert model.shape("layers.27.mlp.experts.gate_up_proj") == (66, 3328, 2560) and spec.moe_layers == tuple(range(28))
+    assert (mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.num_slots) == (64, 2, 6, 8) and mlp.router.renormalize
+    assert spec.rope == RopeSpec("rope", 5e6, (), 128) and spec.vision.queries == ((1225, 128), (4900, 256))
+    assert list(model.unused_parts()) == ["vision_tower.post_layernorm.*"] and spec.vision.num_position_embeddings == 4900

@@ -18,6 +18,7 @@ from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes, open_model
 from ecmfq_export.models.quantized_format import QuantizedWriter, pack_words
 from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import quantize_rtn
+from tests.tiny_ernie import make_ernie
 from tests.tiny_models import make_qwen3_vl_moe
 
 ATTENTION = tuple(f"self_attn.{name}_proj.weight" for name in "qkvo")
@@ -320,3 +321,20 @@ def test_other_quantization_configs(quantized: MoEVLM, tmp_path: Path, path: lis
     else:
         with pytest.raises((CheckpointError, UnsupportedError), match=message):
             open_model(target)
+
+
+def test_published_names_of_a_tower_are_kept(tmp_path: Path) -> None:
+    """ERNIE's published tower stands beside the model, transformers saves it inside."""
+    make_ernie(tmp_path / "saved")
+    (tmp_path / "published").mkdir()
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    renamed = {name.removeprefix("model.") if ".vision_model." in name else name: tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "published" / "model.safetensors")
+    (tmp_path / "published" / "config.json").write_bytes((tmp_path / "saved" / "config.json").read_bytes())
+    original = open_model(tmp_path / "published")
+    written = write(original, tmp_path / "written")
+    ignored = written.config["quantization_config"]["ignore"]
+    assert "vision_model.blocks.0.attn.qkv" in ignored and not any(name.startswith("model.vision_model") for name in ignored)
+    for name in original.names():
+        if written.recipe(name) == "float":
+            assert torch.equal(written.tensor(name), original.tensor(name)), name

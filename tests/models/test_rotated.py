@@ -16,6 +16,7 @@ from ecmfq_export.models.rotated import NOTE, RotatedModel, residual_rotation
 from ecmfq_export.models.spec import GqaSpec, MlaSpec
 from ecmfq_export.models.torch_decoder import load_layer, run_decoder
 from tests.stages.common import plant_outliers
+from tests.tiny_aria import aria_sample, make_aria
 from tests.tiny_glm import glm_sample, make_glm
 from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
@@ -30,6 +31,7 @@ KINDS = {
     "latent attention": (make_kimi_k25, {"q_lora_rank": 40, "rope_interleave": False}),
     "a thinker with tied embeddings": (make_qwen3_omni, {"tie_word_embeddings": True}),
     "no bias behind the tower, a part of a head rotated": (make_glm, {}),
+    "learned queries, transposed experts": (make_aria, {"attention_bias": True}),
 }
 
 
@@ -115,7 +117,8 @@ def test_logits_are_the_same_to_rounding(model, values):
     """Both sides round every product to 24 bits; through two layers that stays some tens of units in the last place of a
     typical logit."""
     view = RotatedModel(model, seed=5, values=values)
-    make = {"kimi_vl": kimi_sample, "kimi_k25": kimi_sample, "glm4v_moe": glm_sample}.get(model.spec.family, random_sample)
+    makers = {"kimi_vl": kimi_sample, "kimi_k25": kimi_sample, "glm4v_moe": glm_sample, "aria": aria_sample}
+    make = makers.get(model.spec.family, random_sample)
     samples = [make(1, [(1, 4, 4)]), make(2), make(3, [(1, 4, 8)])]
     with torch.no_grad():
         sides = [run_decoder(m, prepare_inputs(m, samples, vision=m.vision_module())) for m in (model, view)]

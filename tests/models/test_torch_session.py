@@ -12,15 +12,18 @@ from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.models.torch_session import TorchSession
 from ecmfq_export.runtime.sample import ProcessedSample
+from tests.tiny_ernie import ernie_sample, make_ernie
 from tests.tiny_kimi import kimi_sample, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl_moe", "kimi_vl"])
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "kimi_vl", "ernie4_5_vl_moe"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[MoEVLM, list[ProcessedSample]]:
     path = tmp_path_factory.mktemp("model")
     if request.param == "kimi_vl":
         return open_model(make_kimi_vl(path, seed=3)), [kimi_sample(0, [(1, 4, 4)]), kimi_sample(1), kimi_sample(2, [(1, 2, 4)], 9)]
+    if request.param == "ernie4_5_vl_moe":
+        return open_model(make_ernie(path, seed=3)), [ernie_sample(0, [(1, 4, 4)]), ernie_sample(1), ernie_sample(2, [(1, 2, 4)], 9)]
     samples = [random_sample(0, [(1, 4, 8)]), random_sample(1, text=3), random_sample(2, [(1, 4, 4), (1, 2, 6)], text=7)]
     return open_model(make_qwen3_vl_moe(path, seed=3)), samples
 

@@ -111,7 +111,7 @@ def test_prompts(tmp_path: Path) -> None:
     processor = Processor(tmp_path)
     sample = processor.sample("What?", [noise(8, 8), noise(20, 9)], answer="A.")
     ids = sample.input_ids.tolist()
-    assert processor.image_token_id == MEDIA_PAD and processor.merge_size == 2
+    assert processor.image_token_id == MEDIA_PAD
     assert sample.image_grid_thw.tolist() == [[1, 2, 2], [1, 4, 6]] and sample.pixel_values.shape == (28, 48)
     runs = [i for i, token in enumerate(ids) if token == MEDIA_PAD]
     assert len(runs) == 1 + 6 and ids.count(MEDIA_START) == ids.count(MEDIA_END) == 2

@@ -25,6 +25,7 @@ from ecmfq_export.stages.quantize import quantize
 from ecmfq_export.stages.rotate import rotate
 from ecmfq_export.stages.samples import load_pool
 from tests.stages.common import file_hashes
+from tests.tiny_ernie import make_ernie
 from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
 from tests.tiny_omni import make_qwen3_omni
@@ -111,6 +112,12 @@ def test_what_is_not_run_is_left_out_and_named(tmp_path):
     after, before = open_model(rotate(tiny, tmp_path / "rotated", CONFIG, told)), open_model(tiny)
     assert len(before.unused) > 40 and after.unused == ()
     assert [all(prefix in line for prefix in before.unused_parts()) for line in lines if "left out" in line] == [True]
+
+
+def test_a_tower_that_ends_in_a_norm_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be rotated"):
+        rotate(make_ernie(tmp_path / "model"), tmp_path / "rotated", CONFIG, Silent())
+    assert not (tmp_path / "rotated").exists()
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tiny, rotated, tmp_path, monkeypatch):

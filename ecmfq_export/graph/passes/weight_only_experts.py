@@ -2,7 +2,8 @@
 
 QMoE routes by itself, but takes apart what it selects by (``router_probs``) and what it weighs by (``router_weights``). Given 1 for
 each expert that our router chose and 0 elsewhere, it selects exactly those; given their weights, it adds exactly what we add. So
-every router works (softmax, sigmoid with selection bias, groups, shared experts), and none is computed twice.
+every router works (softmax, sigmoid with selection bias, groups, shared experts), and none is computed twice. Slots that a token
+leaves empty (negative ids) go to a column that is cut off; QMoE fills them with experts of weight 0.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class WeightOnlyExpertsPass(ir.passes.InPlacePass):
         b, (x, ids, weights, gate_up, down) = GraphBuilder(self.dtype), node.inputs
         experts, slots = (node.attributes[key].as_int() for key in ("num_experts", "top_k"))
         with b.scope(node.name):
-            selected, mixing = self._routing(b, ids, weights, experts, slots)
+            empty = any(value.name == "router_types" for value in graph.inputs)
+            selected, mixing = self._routing(b, ids, weights, experts, slots, empty)
             first, second, block = self._weights(b, gate_up, down)
             no_third = [None, None, None]
             inputs = [x, selected, *first[:2], None, *second[:2], None, *no_third, first[2], second[2], None, mixing]
@@ -66,16 +68,29 @@ class WeightOnlyExpertsPass(ir.passes.InPlacePass):
         for weight in (gate_up, down):
             del graph.initializers[weight.name]
 
-    def _routing(self, b: GraphBuilder, ids: ir.Value, weights: ir.Value, experts: int, slots: int) -> tuple[ir.Value, ir.Value]:
-        """[tokens, num_experts] each: 1 at the chosen experts, and their weights there; 0 elsewhere."""
+    def _routing(
+        self, b: GraphBuilder, ids: ir.Value, weights: ir.Value, experts: int, slots: int, empty: bool
+    ) -> tuple[ir.Value, ir.Value]:
+        """[tokens, num_experts] each: 1 at the chosen experts, and their weights there; 0 elsewhere.
+
+        Args:
+            empty: whether ids may be negative, where types of tokens have experts of their own.
+        """
         rows = b.shape_const(-1, slots)
         index = b.cast(b.op("Reshape", ids, rows, name="ids_2d"), I64, "ids_int64")
+        if empty:
+            is_empty = b.op("Less", index, b.const(0, I64, "no_expert"), name="is_empty")
+            index = b.op("Where", is_empty, b.const(experts, I64, f"beyond_{experts}"), index, name="ids_in_range")
         values = b.op("Reshape", weights, rows, name="weights_2d")
         tokens = b.op("Shape", index, start=0, end=1, name="tokens")
-        shape = b.op("Concat", tokens, b.shape_const(experts), axis=0, name="dense_shape")
+        shape = b.op("Concat", tokens, b.shape_const(experts + empty), axis=0, name="dense_shape")
         zeros = b.op("Expand", b.const(0.0, F32, "zero_weight"), shape, name="unrouted")
         ones = b.op("Expand", b.const(1.0, F32, "unit_weight"), b.op("Shape", index, name="pairs_shape"), name="chosen")
         dense = [b.op("ScatterElements", zeros, index, v, axis=1, name=n) for v, n in ((ones, "selected"), (values, "mixing"))]
+        if empty:
+            bounds = [b.shape_const(size) for size in (0, experts, 1)]
+            dense = [b.op("Slice", value, *bounds, bounds[2], name=f"{name}_experts")
+                     for value, name in zip(dense, ("selected", "mixing"), strict=True)]
         if self.dtype != F32:
             dense = [b.cast(value, self.dtype, f"{name}_cast") for value, name in zip(dense, ("selected", "mixing"), strict=True)]
         return dense[0], dense[1]

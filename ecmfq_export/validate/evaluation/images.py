@@ -12,6 +12,7 @@ import torch
 
 from ecmfq_export.models.inputs import run_vision
 from ecmfq_export.models.moe_vlm import MoEVLM
+from ecmfq_export.runtime import host_inputs
 from ecmfq_export.runtime.processor import Processor
 
 _CALL_PATCHES = 4096
@@ -111,8 +112,9 @@ class ModelImages:
             self._tower = self._model.vision_module()
         grids = np.concatenate([grid for _, _, grid in waiting])
         features, deepstack = run_vision(self._tower, np.concatenate([patches for _, patches, _ in waiting]), grids)
-        merged = self._model.spec.vision.spatial_merge_size ** 2
-        parts = torch.stack([features, *deepstack]).float().split([int(g.prod()) // merged for g in grids], dim=1)
+        vision = self._model.spec.vision
+        counts = [host_inputs.image_tokens(grid, vision.spatial_merge_size, vision.queries) for grid in grids]
+        parts = torch.stack([features, *deepstack]).float().split(counts, dim=1)
         for (index, _, grid), part in zip(waiting, parts, strict=True):
             out[index] = ImageFeatures(grid, part.contiguous())
             self._store.keep(self._kept, index, out[index])

@@ -39,6 +39,7 @@ class _Rows:
         owner: int64 [B], the prefix that each row goes on from; None for prefixes and rows without one.
         read: int64 [reads], flattened positions (row * S + column) that are read after the last layer.
         target: int64 [reads], where they go in the result.
+        router_types: int64 [B, S], whose routed experts a token chooses from.
     """
 
     hidden: torch.Tensor
@@ -49,6 +50,7 @@ class _Rows:
     owner: torch.Tensor | None = None
     read: torch.Tensor | None = None
     target: torch.Tensor | None = None
+    router_types: torch.Tensor | None = None
 
 
 @dataclass
@@ -163,6 +165,7 @@ def _advance(layer: DecoderLayer, family: _Family, last: bool, out: torch.Tensor
         if last:
             assert rows.read is not None and rows.target is not None
             rows.hidden = rows.hidden.flatten(0, 1)[rows.read].unsqueeze(0)
+            rows.router_types = None if rows.router_types is None else rows.router_types.flatten()[rows.read].unsqueeze(0)
             rows.deepstack = None if rows.deepstack is None else rows.deepstack.flatten(1, 2)[:, rows.read].unsqueeze(1)
         _feed_forward(layer, rows)
         if last:
@@ -175,7 +178,7 @@ def _attend(layer: DecoderLayer, rows: _Rows, cache: LayerCache | None) -> None:
 
 
 def _feed_forward(layer: DecoderLayer, rows: _Rows) -> None:
-    rows.hidden = rows.hidden + layer.mlp(layer.moe_input(rows.hidden))
+    rows.hidden = rows.hidden + layer.mlp(layer.moe_input(rows.hidden), rows.router_types)
     if rows.deepstack is not None and layer.spec.index < len(rows.deepstack):
         rows.hidden = rows.hidden + rows.deepstack[layer.spec.index]
 
@@ -216,7 +219,8 @@ class _Prefixes:
         for row, tokens in enumerate(expanded):
             types[row, : len(tokens)] = host_inputs.token_types(tokens, spec.image_token_id)
         grids = np.concatenate([f.grid for f in features])
-        positions, self.deltas = host_inputs.decoder_positions(types, self.lengths, grids, spec.vision.spatial_merge_size, spec.rope.kind)
+        positions, self.deltas = host_inputs.decoder_positions(
+            types, self.lengths, grids, spec.vision.spatial_merge_size, spec.rope.kind, spec.vision.queries)
         stacked = torch.cat([f.features for f in features], dim=1)
         where = torch.from_numpy(types).bool()
         if int(where.sum()) != stacked.shape[1]:
@@ -229,7 +233,8 @@ class _Prefixes:
             deepstack[:, where] = stacked[1:]
         length = ids.shape[1]
         mask = torch.from_numpy(host_inputs.attention_mask(np.zeros(1, np.int64), length, length, np.float32))
-        self.rows = _Rows(hidden, *rotary_tables(spec, positions), mask, deepstack)
+        kinds = torch.from_numpy(host_inputs.router_types(ids, spec.image_expert_ids))
+        self.rows = _Rows(hidden, *rotary_tables(spec, positions), mask, deepstack, router_types=kinds)
 
 
 def _followers(
@@ -259,6 +264,7 @@ def _followers(
             _continued_mask(before if prefix else None, len(prefix.rows.mask[0, 0]) if prefix else 0, ids.shape[1]),
             owner=torch.from_numpy(owner) if prefix else None,
             read=torch.from_numpy(np.concatenate(reads)), target=torch.from_numpy(np.concatenate(targets)),
+            router_types=torch.from_numpy(host_inputs.router_types(ids, spec.image_expert_ids)),
         )  # fmt: skip
 
 
