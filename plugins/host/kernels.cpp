@@ -14,13 +14,13 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kStrip = 4;  // vectors of a strip: 4 columns by 4 vectors of sums fit the registers
+constexpr int kLanes = 16, kStrip = 4, kTile = 6;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kStrip = 2;
+constexpr int kLanes = 8, kStrip = 2, kTile = 4;
 #else
-constexpr int kLanes = 4, kStrip = 2;
+constexpr int kLanes = 4, kStrip = 2, kTile = 4;
 #endif
-constexpr int kTile = 4;             // columns summed at a time
+// A strip is so many vectors of rows, a tile so many columns: their sums fit the registers, a strip of 128 columns a core's first cache.
 constexpr int kRows = kLanes * kStrip;  // rows of a strip
 constexpr int kMaxWidth = 256;
 constexpr int kSide = 64;  // rows that a transposition moves at a time; of bytes, columns as well
@@ -309,6 +309,15 @@ inline void sum_tile(Strip& strip, const float* upper, int64_t stride, int64_t e
     for (int v = 0; v < kStrip; ++v) store(&strip.product[end - Count + c][v * kLanes], total[c][v]);
 }
 
+// sum_tile for `count` <= Most columns.
+template <int Most>
+inline void sum_columns(Strip& strip, const float* upper, int64_t stride, int64_t end, int64_t width, int64_t count) {
+  if constexpr (Most > 1) {
+    if (count < Most) return sum_columns<Most - 1>(strip, upper, stride, end, width, count);
+  }
+  sum_tile<Most>(strip, upper, stride, end, width);
+}
+
 void walk(const float* upper, int64_t upper_stride, const float* product, float* target, const float* steps, const int64_t* group,
           int64_t width, int64_t rows, float limit, int8_t* grid, float* error) {
   Strip strip;
@@ -326,12 +335,7 @@ void walk(const float* upper, int64_t upper_stride, const float* product, float*
     int64_t end = width;
     while (end > 0) {
       const int64_t low = (end - 1) / kTile * kTile;
-      switch (end - low) {
-        case 4: sum_tile<4>(strip, upper, upper_stride, end, width); break;
-        case 3: sum_tile<3>(strip, upper, upper_stride, end, width); break;
-        case 2: sum_tile<2>(strip, upper, upper_stride, end, width); break;
-        default: sum_tile<1>(strip, upper, upper_stride, end, width);
-      }
+      sum_columns<kTile>(strip, upper, upper_stride, end, width, end - low);
       for (int64_t k = end - 1; k >= low; --k) {
         const float* row = upper + k * upper_stride;
         const float diagonal = row[k], inverse = 1.0f / diagonal, weight = diagonal * diagonal;
@@ -381,6 +385,15 @@ inline void subtract_tile(Strip& strip, const float (*lower)[kMaxWidth], int64_t
     for (int v = 0; v < kStrip; ++v) store(&strip.product[low + c][v * kLanes], total[c][v]);
 }
 
+// subtract_tile for `count` <= Most rows.
+template <int Most>
+inline void subtract_rows(Strip& strip, const float (*lower)[kMaxWidth], int64_t low, int64_t count) {
+  if constexpr (Most > 1) {
+    if (count < Most) return subtract_rows<Most - 1>(strip, lower, low, count);
+  }
+  subtract_tile<Most>(strip, lower, low);
+}
+
 int factor(float* panel, int64_t stride, int64_t width, int64_t columns) {
   static thread_local float lower[kMaxWidth][kMaxWidth];  // of the diagonal block, [k][j] = U[j, k]
   static thread_local Strip strip;
@@ -394,12 +407,7 @@ int factor(float* panel, int64_t stride, int64_t width, int64_t columns) {
     }
     for (int64_t low = 0; low < deepest; low += kTile) {
       const int64_t high = std::min<int64_t>(low + kTile, deepest);
-      switch (high - low) {
-        case 4: subtract_tile<4>(strip, lower, low); break;
-        case 3: subtract_tile<3>(strip, lower, low); break;
-        case 2: subtract_tile<2>(strip, lower, low); break;
-        default: subtract_tile<1>(strip, lower, low);
-      }
+      subtract_rows<kTile>(strip, lower, low, high - low);
       for (int64_t k = low; k < high; ++k) {
         for (int64_t j = low; j < k; ++j)
           for (int v = 0; v < kStrip; ++v)
