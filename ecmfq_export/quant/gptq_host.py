@@ -71,6 +71,7 @@ def quantize_expert(
     kernels.to_columns(weight, position, target, scale if multiplier is None else None)
     nearest = _first_of_nearest(kernels, target, upper, grids, work)
     error = _walk(kernels, target, upper, grid, grids, work)
+    out.zero_()  # fresh memory comes faster in its own order
     kernels.to_rows(grid, position, out)
     _keep_better_rows(kernels, out, error, nearest, weight, scale, order, position, upper, grids)
     return scale, multiplier

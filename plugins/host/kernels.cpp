@@ -23,6 +23,7 @@ constexpr int kLanes = 4, kStrip = 2, kTile = 4;
 // A strip is so many vectors of rows, a tile so many columns: their sums fit the registers, a strip of 128 columns a core's first cache.
 constexpr int kRows = kLanes * kStrip;  // rows of a strip
 constexpr int kMaxWidth = 256;
+constexpr int kTall = 256;  // rows of floats that a transposition moves at a time
 constexpr int kSide = 64;  // rows that a transposition moves at a time; of bytes, columns as well
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -187,9 +188,9 @@ void search_steps(const float* weight, int64_t rows, int64_t columns, int64_t gr
 }
 
 void to_columns(const float* weight, int64_t rows, int64_t columns, const int64_t* position, const float* scale, float* out) {
-  alignas(64) float strip[kLanes][kSide];
-  for (int64_t n = 0; n < rows; n += kSide) {
-    const int64_t height = std::min<int64_t>(kSide, rows - n);
+  alignas(64) float strip[kLanes][kTall];
+  for (int64_t n = 0; n < rows; n += kTall) {
+    const int64_t height = std::min<int64_t>(kTall, rows - n);
     for (int64_t k = 0; k < columns; k += kLanes) {
       const int64_t width = std::min<int64_t>(kLanes, columns - k);
       int64_t r = 0;
