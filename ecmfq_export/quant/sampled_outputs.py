@@ -180,5 +180,5 @@ def sampled_rows(shape: Sequence[int], affordable: int, device: str = "cpu") -> 
     if count >= rows:
         return None
     generator = torch.Generator().manual_seed(rows)
-    drawn = torch.rand(experts, rows, generator=generator, device="cpu").argsort(1, stable=True)[:, :count]
+    drawn = torch.rand(experts, rows, generator=generator, device="cpu").argsort(dim=1, stable=True)[:, :count]
     return drawn.sort(1).values.to(device)
