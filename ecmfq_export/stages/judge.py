@@ -68,6 +68,19 @@ class Judge:
         return dict(zip(rows, parts, strict=True))
 
 
+def judged_layers(num_layers: int, most: int) -> list[int]:
+    """Layers whose choice is judged, ascending: all of them, or the first ones of `most` runs of nearly equal length.
+
+    A judgement reads every layer behind it again. Made in all L layers that is L (L - 1) / 2 layers, in M of them about M L / 2: linear
+    in L. A layer that is not judged takes the choice of the last judged one before it. Layers beside each other have like activations
+    and like errors to undo, so that is the best guess there is; the next judged one, which may be nearer, is not known yet, since
+    layers are quantized in their order, each on the activations that the ones before it leave, and a choice for the whole model would
+    need all judgements before the first layer.
+    """
+    count = min(num_layers, most)
+    return [run * num_layers // count for run in range(count)]
+
+
 def clearly_best(kl: dict[Choice, torch.Tensor], standard_errors: float = 2.0) -> Choice:
     """The choice of least mean KL among those whose gain over the first one is more than `standard_errors` of that paired gain; the
     first one where there is none.
