@@ -28,19 +28,32 @@ class Judge:
         model: the floating-point model.
         samples: the held-out samples that `batches` were prepared from.
         batches, store: their batches; the store holds their embeddings under ``fp``.
+        ahead: whether the floating-point model is run through all of its layers at once, to judge behind any of them. Without it only
+            what comes out of the last layer can be judged, after :meth:`refer_to`.
 
     Raises:
         UserError: held-out samples without a token to predict.
     """
 
-    def __init__(self, model: MoEVLM, samples: Sequence[ProcessedSample], batches: list[Batch], store: ActivationStore) -> None:
+    def __init__(
+        self, model: MoEVLM, samples: Sequence[ProcessedSample], batches: list[Batch], store: ActivationStore, ahead: bool = True
+    ) -> None:
         self._model, self._batches, self._store = model, batches, store
         self._positions = _judged_positions(samples, batches)
         if not any(bool(mask.any()) for mask in self._positions.values()):
             raise UserError("the held-out samples have no token to predict", "give more samples, with answers where you can")
-        for batch in batches:
-            store.put(f"judge/{batch.index}", store.get(f"fp/{batch.index}"))
-        self._reference = self._log_probs(["judge"], 0)["judge"]
+        self._reference = torch.empty(0)
+        if ahead:
+            self._refer_to("fp", 0)
+
+    def refer_to(self, stream: str) -> None:
+        """Compare with `stream` from now on: the floating-point hidden states that leave the last layer."""
+        self._refer_to(stream, self._model.spec.num_layers)
+
+    def _refer_to(self, stream: str, next_layer: int) -> None:
+        for batch in self._batches:
+            self._store.put(f"judge/{batch.index}", self._store.get(f"{stream}/{batch.index}"))
+        self._reference = self._log_probs(["judge"], next_layer)["judge"]
 
     @torch.no_grad()
     def kl(self, streams: Sequence[str], next_layer: int) -> dict[str, torch.Tensor]:

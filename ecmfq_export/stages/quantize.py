@@ -149,7 +149,7 @@ class _Run:
               ActivationStore(limit, resources.scratch(work, "heldout"), resources.device) as heldout_store):
             train, heldout = (self._prepare(store, held) for store, held in ((train_store, False), (heldout_store, True)))
             samples = self._calibration.samples.choose(self._calibration.heldout)
-            judge = Judge(self._model, samples, heldout.batches, heldout.store)
+            judge = Judge(self._model, samples, heldout.batches, heldout.store, ahead=self._parts.chooses_weighting)
             rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0], device=resources.device)
             states = LayerStates(work, {name: Side(stream.batches, stream.store, ("fp", "q"))
                                         for name, stream in (("train", train), ("heldout", heldout))}, resources.ranks)
@@ -226,6 +226,8 @@ class _Run:
             quantizer.drop_weights()
             del folded
             if index + 1 == self._model.spec.num_layers:
+                if not self._parts.chooses_weighting:
+                    judge.refer_to("fp.next")
                 kl, _ = self._judge(index, {best: layer}, quantizer, judge)
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
