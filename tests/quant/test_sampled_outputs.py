@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecmfq_export.errors import UserError
-from ecmfq_export.quant import ecs, output_loss
+from ecmfq_export.quant import ecs, output_loss, rounding
 from ecmfq_export.quant.ecs_objective import Objective
 from ecmfq_export.quant.fake_quantize import fake_quantize_rows_
+from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import quantize_rtn
 from ecmfq_export.quant.sampled_outputs import FEWEST_ROWS, Pairs, SampledOutputs, sampled_rows
 
@@ -79,6 +80,29 @@ def test_a_part_of_the_rows_tells_what_all_of_them_do(seed):
     for scale in scales:
         whole, some = (Objective(pairs, weight, torch.ones(E), 4, 64, max_products=limit).value(scale) for limit in (1 << 62, 1))
         assert some == pytest.approx(whole, rel=0.15) and some != whole
+
+
+def test_reported_errors_of_large_weights_are_those_of_some_rows(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(E, 50, D, generator=generator), torch.randn(E, N, D, generator=generator)
+    matrix, quantized = x.mT @ x, quantize_rtn(weight, 4)
+    whole = rounding.relative_error(weight, quantized, matrix)
+    monkeypatch.setattr(rounding, "ERROR_PRODUCTS", 64 * D * D)
+    some = rounding.relative_error(weight, quantized, matrix)
+    error = quantized.dequantize() - weight
+    rows = sampled_rows((1, N), 64)[0]
+    wanted = [torch.einsum("nk,kl,nl->", error[e, rows], matrix[e], error[e, rows])
+              / torch.einsum("nk,kl,nl->", weight[e, rows], matrix[e], weight[e, rows]) for e in range(E)]
+    assert torch.allclose(some, torch.stack(wanted), rtol=1e-4)
+    assert torch.allclose(some, whole, rtol=0.3) and not torch.equal(some, whole)
+    # Whatever experts are beside it.
+    assert torch.allclose(rounding.relative_error(weight[3:4], QTensor(quantized.qvalue[3:4], quantized.scale[3:4], 4), matrix[3:4]),
+                          some[3:4], rtol=1e-6)
+
+
+def test_reported_errors_of_small_weights_are_of_all_rows():
+    assert sampled_rows((1, 384), rounding.ERROR_PRODUCTS // 384**2) is None
+    assert sampled_rows((1, 1536), rounding.ERROR_PRODUCTS // 2048**2).shape == (1, 256)
 
 
 LARGE, MEDIUM = (128, 1536, 2048), (24, 160, 128)

@@ -9,6 +9,7 @@ import pytest
 
 from ecmfq_export import bundle
 from ecmfq_export.progress import Silent
+from ecmfq_export.stages import judge
 from ecmfq_export.stages import quantize as stage
 from ecmfq_export.stages.calibrate import calibrate
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer
@@ -103,3 +104,23 @@ def test_all_layers_judged_are_steps_of_one(deep, deep_calibration, tmp_path):
     config = replace(CONFIG, judged_layers=8)
     out = stage.quantize(deep, deep_calibration, None, tmp_path / "q", config, Steps())
     assert totals == [4] and [len(entry["kl"]) for entry in read_log(out)] == [4] * 4
+
+
+def test_a_single_weighting_is_judged_without_another_pass_over_the_model(deep, deep_calibration, tmp_path, monkeypatch):
+    """The same figure as by running the floating-point model ahead, from the activations that come out of the last layer anyway."""
+    read = Counter()
+    original = judge.load_layer
+
+    def counted(model, index, *rest):
+        read[index] += 1
+        return original(model, index, *rest)
+
+    monkeypatch.setattr(judge, "load_layer", counted)
+    config, found = replace(CONFIG, weighting="rho_g"), {}
+    found["anyway"] = read_log(stage.quantize(deep, deep_calibration, None, tmp_path / "anyway", config, Silent()))[-1]["kl"]["rho_g"]
+    assert not read
+    monkeypatch.setattr(stage, "Judge", lambda *args, ahead: judge.Judge(*args))
+    monkeypatch.setattr(judge.Judge, "refer_to", lambda self, stream: None)
+    found["ahead"] = read_log(stage.quantize(deep, deep_calibration, None, tmp_path / "ahead", config, Silent()))[-1]["kl"]["rho_g"]
+    assert read == dict.fromkeys(range(4), 1)
+    assert found["anyway"] == pytest.approx(found["ahead"], rel=1e-4) and found["ahead"] > 0
