@@ -12,6 +12,7 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.disk_need import Prompts
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
 from ecmfq_export.models.spec import MoESpec
+from ecmfq_export.quant import ecs
 from ecmfq_export.quant.gptq import gptq_bytes
 from ecmfq_export.stages.judge import judged_layers
 from ecmfq_export.stages.methods import resolve
@@ -22,6 +23,9 @@ _READ_BYTES = 64 << 20
 _FLOAT = 4
 _SMOOTH_EVALUATIONS = 20
 """Points of a smoothing search, each of which runs a layer on its sampled tokens; the searches use about so many."""
+_SMOOTH_LOOKS = 80
+"""Looks at no more than :data:`ecs.FINE_PRODUCTS` multiplications that a layer's searches take at least, where the layer is so large
+that looks are bounded."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,11 @@ def quantize_loads(model: MoEVLM, config: QuantConfig, prompts: Prompts | None, 
     held = min(activation_bytes, int(_FLOAT * model.spec.hidden_size * 4 * max(pooled, chosen)))
     loads["calibrate"] = Load(forward * (pooled + gradients), layer + held,
                               f"the decoder over {pooled + gradients:,.0f} tokens; one layer and activations in memory")
-    loads["smooth"] = Load(forward * chosen * _SMOOTH_EVALUATIONS, 2 * layer + held,
-                           f"about {_SMOOTH_EVALUATIONS} evaluations of each layer over {chosen:,.0f} tokens")
+    bounded = 2.0 * ecs.FINE_PRODUCTS * _SMOOTH_LOOKS * model.spec.num_layers
+    searches = min(forward * chosen * _SMOOTH_EVALUATIONS, bounded)
+    said = (f"about {_SMOOTH_LOOKS} looks at {2 * ecs.FINE_PRODUCTS / 1e9:.1f} GFLOP of each layer" if searches == bounded
+            else f"about {_SMOOTH_EVALUATIONS} evaluations of each layer")
+    loads["smooth"] = Load(forward * chosen + searches, 2 * layer + held, f"{said}; {chosen:,.0f} tokens")
     loads["quantize"] = _rounding(model, config, forward, chosen, layer, held)
     return loads
 

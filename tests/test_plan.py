@@ -127,3 +127,15 @@ def test_judged_layers_are_what_is_read_again_and_quantized_again(tmp_path: Path
     assert one.flops < two.flops < all_of_them.flops
     # Two layers five times and two once, against four layers once.
     assert two.flops < 3.2 * one.flops and all_of_them.flops > 4 * one.flops
+
+
+def test_searches_of_large_layers_are_bounded_in_the_estimate(tmp_path: Path) -> None:
+    from ecmfq_export.disk_need import Prompts
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.plan_estimate import quantize_loads
+
+    opened = open_model(make_qwen3_vl_moe(tmp_path / "model", num_hidden_layers=2))
+    few, many = (quantize_loads(opened, QuantConfig(num_samples=count), Prompts(count, 20.0, 0.0), 1 << 30)["smooth"]
+                 for count in (8, 10_000_000))
+    assert "20 evaluations" in few.basis and few.flops == 21 * 2 * active_weights(opened) * 8 * 20
+    assert "looks" in many.basis and many.flops < 21 * 2 * active_weights(opened) * 10_000_000 * 20
