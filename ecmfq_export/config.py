@@ -48,6 +48,8 @@ class QuantConfig:
         clip: how scales of weights are chosen: ``absmax``, ``mse`` (least squared error of the weights, weighted by the Hessian's
             diagonal where there is one) or ``output`` (AWQ's, least output error; with ``rtn`` only).
         weighting: token weights of the Hessian: ``auto`` keeps FAQ's best per layer by held-out final-logit KL.
+        judged_layers: most layers in which ``weighting = auto`` compares, spread over the depth: every comparison reads all layers
+            behind it again. Each of the others takes the choice of the last one before it.
         gate_power: power of the gate in token weights (q).
         fusion_lambda: weight of the fusion factor phi (lambda).
         gamma_text: text token weight rho; 0 measures it from loss gradients where the samples have answers.
@@ -79,6 +81,7 @@ class QuantConfig:
     rounding: Literal["method", "rtn", "gptq"] = "method"
     clip: Literal["method", "absmax", "mse", "output"] = "method"
     weighting: Literal["method", "auto", "none", "rho", "g", "rho_g", "rho_p", "rho_g_phi"] = "method"
+    judged_layers: int = 8
     gate_power: float = 1.0
     fusion_lambda: float = 0.5
     gamma_text: float = -1.0
@@ -147,6 +150,7 @@ def _check_ranges(config: QuantConfig | ExportConfig, source: str) -> None:
         checks = {
             "num_samples": config.num_samples >= 2,
             "smooth_alpha": 0.0 <= config.smooth_alpha <= 1.0,
+            "judged_layers": config.judged_layers >= 1,
             "theta": 0.0 <= config.theta <= 1.0,
             "gate_power": 0.0 <= config.gate_power <= 8.0,
             "fusion_lambda": 0.0 <= config.fusion_lambda <= 1.0,

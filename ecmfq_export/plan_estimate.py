@@ -12,7 +12,9 @@ from ecmfq_export.config import QuantConfig
 from ecmfq_export.disk_need import Prompts
 from ecmfq_export.models.moe_vlm import MoEVLM, layer_shapes
 from ecmfq_export.models.spec import MoESpec
+from ecmfq_export.quant import ecs
 from ecmfq_export.quant.gptq import gptq_bytes
+from ecmfq_export.stages.judge import judged_layers
 from ecmfq_export.stages.methods import resolve
 from ecmfq_export.stages.sensitivity import NUM_SAMPLES
 
@@ -21,6 +23,9 @@ _READ_BYTES = 64 << 20
 _FLOAT = 4
 _SMOOTH_EVALUATIONS = 20
 """Points of a smoothing search, each of which runs a layer on its sampled tokens; the searches use about so many."""
+_SMOOTH_LOOKS = 80
+"""Looks at no more than :data:`ecs.FINE_PRODUCTS` multiplications that a layer's searches take at least, where the layer is so large
+that looks are bounded."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,11 @@ def quantize_loads(model: MoEVLM, config: QuantConfig, prompts: Prompts | None, 
     held = min(activation_bytes, int(_FLOAT * model.spec.hidden_size * 4 * max(pooled, chosen)))
     loads["calibrate"] = Load(forward * (pooled + gradients), layer + held,
                               f"the decoder over {pooled + gradients:,.0f} tokens; one layer and activations in memory")
-    loads["smooth"] = Load(forward * chosen * _SMOOTH_EVALUATIONS, 2 * layer + held,
-                           f"about {_SMOOTH_EVALUATIONS} evaluations of each layer over {chosen:,.0f} tokens")
+    bounded = 2.0 * ecs.FINE_PRODUCTS * _SMOOTH_LOOKS * model.spec.num_layers
+    searches = min(forward * chosen * _SMOOTH_EVALUATIONS, bounded)
+    said = (f"about {_SMOOTH_LOOKS} looks at {2 * ecs.FINE_PRODUCTS / 1e9:.1f} GFLOP of each layer" if searches == bounded
+            else f"about {_SMOOTH_EVALUATIONS} evaluations of each layer")
+    loads["smooth"] = Load(forward * chosen + searches, 2 * layer + held, f"{said}; {chosen:,.0f} tokens")
     loads["quantize"] = _rounding(model, config, forward, chosen, layer, held)
     return loads
 
@@ -125,28 +133,34 @@ def _rounding(model: MoEVLM, config: QuantConfig, forward: float, chosen: float,
     parts = resolve(config)
     if parts.rounding != "gptq":
         return Load(2 * forward * chosen, 2 * layer + held, "rounding to nearest, and both models' activations where samples are used")
-    moments = solves = 0.0
+    kinds, layers = len(parts.weightings), model.spec.num_layers
+    judged = judged_layers(layers, config.judged_layers) if parts.chooses_weighting else []
+    work, passes = 0.0, 0
     hessians = 0
     sides = 2 if parts.cross_strength else 1
     for spec in model.spec.layers:
+        # A judged layer is quantized with every weighting, and once more with the one that is kept.
+        times = kinds + 1 if spec.index in judged else 1
+        passes += times
         for name, shape in layer_shapes(model.spec, spec).items():
             if len(shape) < 2 or "router" in name:
                 continue
             stacked, rows, columns = (shape if len(shape) == 3 else (1, *shape))
             slots = 1.0 if len(shape) == 2 or not isinstance(spec.mlp, MoESpec) else spec.mlp.top_k + spec.mlp.num_shared_experts
-            moments += 2.0 * chosen * slots * columns**2 * sides
-            solves += stacked * (columns**3 + 2.0 * rows * columns**2)
+            work += times * 2.0 * chosen * slots * columns**2 * sides
+            work += times * stacked * (columns**3 + 2.0 * rows * columns**2)
             # As many experts at a time as the setting allows.
-            work = stacked * (_FLOAT * sides * columns**2 + gptq_bytes(rows, columns))
-            hessians = max(hessians, min(work, int(config.expert_memory_gb * 1e9)) if stacked > 1 else work)
-    kinds, layers = len(parts.weightings), model.spec.num_layers
-    basis = f"second moments and GPTQ of every matrix with {kinds} token weighting{'s' if kinds > 1 else ''}, over {chosen:,.0f} tokens"
-    flops, again = kinds * (moments + solves) + (2 + kinds) * forward * chosen, 0
+            held_now = stacked * (_FLOAT * sides * columns**2 + gptq_bytes(rows, columns))
+            hessians = max(hessians, min(held_now, int(config.expert_memory_gb * 1e9)) if stacked > 1 else held_now)
+    basis = f"second moments and GPTQ of every matrix over {chosen:,.0f} tokens"
+    flops, again = work + (2 * layers + passes) / layers * forward * chosen, 0
     if parts.chooses_weighting:
-        # Each candidate in each layer is judged by what the layers behind it make of the held-out samples.
-        flops += kinds * config.holdout_fraction * chosen * forward * (layers - 1) / 2
+        # What the layers behind a judged one make of the held-out samples, for each candidate.
+        read = sum(layers - 1 - index for index in judged)
+        flops += kinds * config.holdout_fraction * chosen * forward * read / layers
         weights = sum(math.prod(shape) for spec in model.spec.layers for shape in layer_shapes(model.spec, spec).values())
         stored = model.stored_dtype(f"layers.0.{next(iter(layer_shapes(model.spec, model.spec.layers[0])))}").itemsize
-        again = weights * stored * (layers - 1) // 2
-        basis += f"; to choose among them {layers * (layers - 1) // 2} layers are read again (--set weighting=rho_g_phi takes one)"
+        again = weights * stored * read // layers
+        basis += (f"; {kinds} token weightings are compared in {len(judged)} layers, for which {read} layers are read again "
+                  "(--set judged_layers=N, or --set weighting=rho_g_phi to compare none)")
     return Load(flops, 2 * layer + hessians + held, basis + f"; up to {hessians / 1e9:.2f} GB of second moments at a time", again)

@@ -107,3 +107,35 @@ def test_active_weights_count_the_experts_a_token_takes(model: Path) -> None:
     attention = 128 * (6 * 32 + 2 * 2 * 32) + 6 * 32 * 128 + 2 * 32
     layer = attention + 2 * 128 + 8 * 128 + 2 * (3 * 128 * 96)
     assert active_weights(opened) == 2 * layer
+
+
+def test_judged_layers_are_what_is_read_again_and_quantized_again(tmp_path: Path) -> None:
+    from ecmfq_export.disk_need import Prompts
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.plan_estimate import quantize_loads
+
+    opened = open_model(make_qwen3_vl_moe(tmp_path / "model", num_hidden_layers=4))
+    prompts = Prompts(count=8, tokens=20.0, patch_bytes=0.0)
+
+    def load(**settings: object):
+        return quantize_loads(opened, QuantConfig(**settings), prompts, 1 << 30)["quantize"]  # type: ignore[arg-type]
+
+    one, two, all_of_them = load(weighting="rho_g"), load(judged_layers=2), load(judged_layers=8)
+    # Layers 0 and 2 are judged: 3 + 1 layers behind them; all four: 3 + 2 + 1.
+    assert one.read_again == 0 and 6 * two.read_again == 4 * all_of_them.read_again > 0
+    assert "compared in 2 layers, for which 4 layers are read again" in two.basis
+    assert one.flops < two.flops < all_of_them.flops
+    # Two layers five times and two once, against four layers once.
+    assert two.flops < 3.2 * one.flops and all_of_them.flops > 4 * one.flops
+
+
+def test_searches_of_large_layers_are_bounded_in_the_estimate(tmp_path: Path) -> None:
+    from ecmfq_export.disk_need import Prompts
+    from ecmfq_export.models.moe_vlm import open_model
+    from ecmfq_export.plan_estimate import quantize_loads
+
+    opened = open_model(make_qwen3_vl_moe(tmp_path / "model", num_hidden_layers=2))
+    few, many = (quantize_loads(opened, QuantConfig(num_samples=count), Prompts(count, 20.0, 0.0), 1 << 30)["smooth"]
+                 for count in (8, 10_000_000))
+    assert "20 evaluations" in few.basis and few.flops == 21 * 2 * active_weights(opened) * 8 * 20
+    assert "looks" in many.basis and many.flops < 21 * 2 * active_weights(opened) * 10_000_000 * 20

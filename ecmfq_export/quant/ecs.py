@@ -31,6 +31,10 @@ GATE = 0.005
 COARSE_SHARE, COARSE_TOKENS, FINALISTS, FINE_TOKENS = 0.25, 64, 10, 256
 COORDINATES = 32
 
+COARSE_PRODUCTS, FINE_PRODUCTS, GATE_PRODUCTS = 1 << 28, 1 << 32, 1 << 35
+"""Multiplications that one look of each of the three kinds may cost. Layers that would take more (a hundred experts of hidden size
+2048) are looked at through some of each expert's rows; the gate, which decides, through most of them."""
+
 
 def search_scale(
     train: Pairs, heldout: Pairs, weight: torch.Tensor, omega: torch.Tensor, num_bits: int,
@@ -52,10 +56,11 @@ def search_scale(
     tie = torch.arange(weight.shape[-1]) if tie is None else tie
     ones = torch.ones(weight.shape[-1])
     grid = {"group_size": group_size, "theta": theta}
-    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS, **grid)
+    fine = Objective(train, weight, omega, num_bits, FINE_TOKENS, max_products=FINE_PRODUCTS, **grid)
     before = fine.value(ones)
     labelled = candidate_scales(train, weight, omega, tie, rounding)
-    coarse = Objective(train, weight, omega, num_bits, COARSE_TOKENS, coarse_experts(omega, fine.present), **grid)
+    coarse = Objective(train, weight, omega, num_bits, COARSE_TOKENS, coarse_experts(omega, fine.present),
+                       max_products=COARSE_PRODUCTS, **grid)
     ranked = sorted((coarse.value(scale), i) for i, (_, scale) in enumerate(labelled))
     finalists = [labelled[i] for _, i in ranked[:FINALISTS]]
     best_value, best_label, best = before, "one", ones
@@ -64,7 +69,8 @@ def search_scale(
         if value < best_value:
             best_value, best_label, best = value, label, scale
     best_value, best = _coordinate_steps(fine, train.x, best, best_value, tie, rounding)
-    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS, **grid)
+    del fine, coarse  # before the gate's samples are drawn
+    gate = Objective(heldout, weight, omega, num_bits, FINE_TOKENS, max_products=GATE_PRODUCTS, **grid)
     gate_before, gate_after = gate.value(ones), gate.value(best)
     accepted = gate_after < (1.0 - GATE) * gate_before
     return ScaleResult(best if accepted else ones, accepted, best_label, before, best_value, gate_before, gate_after)
@@ -157,8 +163,8 @@ def search_per_expert(
     """
     experts, _, columns = weight.shape
     omega = torch.ones(experts)
-    fine, gate = (Objective(side, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size, rotation=rotation)
-                  for side in (train, heldout))
+    fine, gate = (Objective(side, weight, omega, num_bits, FINE_TOKENS, per_expert=True, group_size=group_size, rotation=rotation,
+                            max_products=products) for side, products in ((train, FINE_PRODUCTS), (heldout, GATE_PRODUCTS)))
     ones = torch.ones(experts, columns)
     a, b = positive(expert_maximum(train, experts)), positive(column_maximum(weight))
     best_ratio, best = fine.ratios(ones), ones

@@ -10,7 +10,7 @@ import torch
 
 from ecmfq_export.quant.hadamard import Rotation
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES
-from ecmfq_export.quant.sampled_outputs import Pairs, SampledOutputs
+from ecmfq_export.quant.sampled_outputs import UNLIMITED, Pairs, SampledOutputs
 
 CAP = 5.0
 THETA = 0.2
@@ -30,14 +30,16 @@ class Objective:
         per_expert: whether scales are one an expert, [E, d] (down projections), instead of one for all, [d].
         theta: share of the tail mean (CVaR) in J.
         rotation: what scaled inputs and columns go through before they are quantized; None for nothing.
+        max_products: multiplications that one scale may cost; see :class:`ecmfq_export.quant.sampled_outputs.SampledOutputs`.
     """
 
     def __init__(
         self, pairs: Pairs, weight: torch.Tensor, omega: torch.Tensor, num_bits: int, capacity: int,
         experts: torch.Tensor | None = None, per_expert: bool = False, group_size: int = -1, theta: float = THETA,
-        max_bytes: int = DEFAULT_MAX_BYTES, rotation: Rotation | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES, rotation: Rotation | None = None, max_products: int = UNLIMITED,
     ) -> None:
-        self._samples = SampledOutputs(pairs, weight, num_bits, capacity, experts, per_expert, group_size, max_bytes, rotation)
+        self._samples = SampledOutputs(pairs, weight, num_bits, capacity, experts, per_expert, group_size, max_bytes, rotation,
+                                       max_products)
         self._omega, self._theta = (omega if experts is None else omega[experts]).float(), theta
         self._denominator = torch.cat([(seen.error.abs().sum(-1) * seen.token_weight).sum(-1) for seen in self._samples.references()])
         self.present = self._denominator > 0

@@ -15,6 +15,9 @@ from ecmfq_export.quant.sampled_outputs import Pairs, SampledOutputs
 TOKENS = 256
 """Tokens of each expert that are evaluated; sums are scaled up to all of its tokens."""
 
+PRODUCTS = 1 << 33
+"""Multiplications that the loss at one scale may cost: of layers where all rows of all experts would take more, some are drawn."""
+
 
 class OutputLoss:
     """L over a sample of each expert's tokens.
@@ -33,7 +36,8 @@ class OutputLoss:
         self, pairs: Pairs, weight: torch.Tensor, omega: torch.Tensor, num_bits: int, power: int,
         per_expert: bool = False, group_size: int = -1, rotation: Rotation | None = None,
     ) -> None:
-        self._samples = SampledOutputs(pairs, weight, num_bits, TOKENS, per_expert=per_expert, group_size=group_size, rotation=rotation)
+        self._samples = SampledOutputs(pairs, weight, num_bits, TOKENS, per_expert=per_expert, group_size=group_size, rotation=rotation,
+                                       max_products=PRODUCTS)
         self._power = power
         self._factor = omega.double() * self._samples.counts / self._samples.taken.clamp_min(1.0)
         self._reference = torch.cat([self._total(seen.error.clone(), seen.token_weight) for seen in self._samples.references()])

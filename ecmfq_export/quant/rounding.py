@@ -13,9 +13,14 @@ from ecmfq_export.quant.faq import FaqSettings, quantize_faq
 from ecmfq_export.quant.hessian import WeightedHessian
 from ecmfq_export.quant.qtensor import QTensor
 from ecmfq_export.quant.rtn import DEFAULT_MAX_BYTES, quantize_at, quantize_rtn
+from ecmfq_export.quant.sampled_outputs import sampled_rows
 from ecmfq_export.quant.workspace import Workspace
 
 _AT_ONCE, _COLUMNS = 4, 256
+
+ERROR_PRODUCTS = 1 << 30
+"""Multiplications that an expert's error is worth, which is reported and chooses nothing: of weights where all rows would take more
+(1536 x 2048), as many rows as that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def quantize_weight(
 
 def relative_error(weight: torch.Tensor, quantized: QTensor, matrix: torch.Tensor, max_bytes: int = DEFAULT_MAX_BYTES,
                    threads: Threads = "experts") -> torch.Tensor:
-    """Each expert's weighted squared output error over that of its outputs, ``tr(D H D^T) / tr(W H W^T)`` with D = Q - W.
+    """Each expert's weighted squared output error over that of its outputs, ``tr(D H D^T) / tr(W H W^T)`` with D = Q - W; over some of
+    the rows where the weight is large, see :data:`ERROR_PRODUCTS`.
 
     Args:
         weight: floating [E, N, K].
@@ -61,11 +67,16 @@ def relative_error(weight: torch.Tensor, quantized: QTensor, matrix: torch.Tenso
     Returns:
         float32 [E]; 0 for an expert without tokens.
     """
+    # The same rows of each expert, since these may be any experts of the layer.
+    drawn = sampled_rows((1, weight.shape[1]), ERROR_PRODUCTS // weight.shape[2] ** 2, weight.device.type)
+    rows = slice(None) if drawn is None else drawn[0]
+
     def errors(part: slice, _: Workspace) -> torch.Tensor:
-        multiplier = None if quantized.group_multiplier is None else quantized.group_multiplier[part]
-        some = QTensor(quantized.qvalue[part], quantized.scale[part], quantized.num_bits, quantized.group_size, multiplier)
-        error, whole = (_weighted_square(torch.sub(some.dequantize(), weight[part]), matrix[part]),
-                        _weighted_square(weight[part].float(), matrix[part]))
+        multiplier = None if quantized.group_multiplier is None else quantized.group_multiplier[part][:, rows]
+        some = QTensor(quantized.qvalue[part][:, rows], quantized.scale[part][:, rows], quantized.num_bits, quantized.group_size,
+                       multiplier)
+        seen = weight[part][:, rows]
+        error, whole = (_weighted_square(torch.sub(some.dequantize(), seen), matrix[part]), _weighted_square(seen.float(), matrix[part]))
         return torch.where(whole > 0, error / whole.clamp_min(1e-300), torch.zeros_like(whole))
 
     each = max_bytes // (torch.get_num_threads() * 16 * weight[0].numel())

@@ -182,9 +182,15 @@ def _whole_layer(weight: torch.Tensor, batches: Batches, settings: ChunkSettings
 
 
 def _intermediate(layer: DecoderLayer, x: torch.Tensor, routed: Routed, part: slice) -> torch.Tensor:
-    """What the down projection of the experts in `part` reads, rows as in ``only(routed, part)``."""
+    """What the down projection of the experts in `part` reads, rows as in ``only(routed, part)``.
+
+    Quantized experts are widened a few at a time: all of a layer's would be as many bytes as its floating-point experts, beside them.
+    """
     if routed.dispatch is None:
         return mlp_view.intermediate(layer, x, routed)
-    return torch.cat(for_slices(
-        part.stop - part.start, _EXPERTS,
-        lambda some, _: mlp_view.intermediate(layer, x, mlp_view.only(routed, slice(part.start + some.start, part.start + some.stop)))))
+
+    def some(few: slice, _: object) -> torch.Tensor:
+        own, rows = mlp_view.experts_alone(layer, routed, slice(part.start + few.start, part.start + few.stop))
+        return mlp_view.intermediate(own, x, rows)
+
+    return torch.cat(for_slices(part.stop - part.start, _EXPERTS, some))

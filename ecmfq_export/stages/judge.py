@@ -28,19 +28,32 @@ class Judge:
         model: the floating-point model.
         samples: the held-out samples that `batches` were prepared from.
         batches, store: their batches; the store holds their embeddings under ``fp``.
+        ahead: whether the floating-point model is run through all of its layers at once, to judge behind any of them. Without it only
+            what comes out of the last layer can be judged, after :meth:`refer_to`.
 
     Raises:
         UserError: held-out samples without a token to predict.
     """
 
-    def __init__(self, model: MoEVLM, samples: Sequence[ProcessedSample], batches: list[Batch], store: ActivationStore) -> None:
+    def __init__(
+        self, model: MoEVLM, samples: Sequence[ProcessedSample], batches: list[Batch], store: ActivationStore, ahead: bool = True
+    ) -> None:
         self._model, self._batches, self._store = model, batches, store
         self._positions = _judged_positions(samples, batches)
         if not any(bool(mask.any()) for mask in self._positions.values()):
             raise UserError("the held-out samples have no token to predict", "give more samples, with answers where you can")
-        for batch in batches:
-            store.put(f"judge/{batch.index}", store.get(f"fp/{batch.index}"))
-        self._reference = self._log_probs(["judge"], 0)["judge"]
+        self._reference = torch.empty(0)
+        if ahead:
+            self._refer_to("fp", 0)
+
+    def refer_to(self, stream: str) -> None:
+        """Compare with `stream` from now on: the floating-point hidden states that leave the last layer."""
+        self._refer_to(stream, self._model.spec.num_layers)
+
+    def _refer_to(self, stream: str, next_layer: int) -> None:
+        for batch in self._batches:
+            self._store.put(f"judge/{batch.index}", self._store.get(f"{stream}/{batch.index}"))
+        self._reference = self._log_probs(["judge"], next_layer)["judge"]
 
     @torch.no_grad()
     def kl(self, streams: Sequence[str], next_layer: int) -> dict[str, torch.Tensor]:
@@ -66,6 +79,19 @@ class Judge:
         logits = decoder_logits(self._model, torch.cat(list(rows.values())).unsqueeze(0))[0]
         parts = logits.double().log_softmax(-1).split([len(part) for part in rows.values()])
         return dict(zip(rows, parts, strict=True))
+
+
+def judged_layers(num_layers: int, most: int) -> list[int]:
+    """Layers whose choice is judged, ascending: all of them, or the first ones of `most` runs of nearly equal length.
+
+    A judgement reads every layer behind it again. Made in all L layers that is L (L - 1) / 2 layers, in M of them about M L / 2: linear
+    in L. A layer that is not judged takes the choice of the last judged one before it. Layers beside each other have like activations
+    and like errors to undo, so that is the best guess there is; the next judged one, which may be nearer, is not known yet, since
+    layers are quantized in their order, each on the activations that the ones before it leave, and a choice for the whole model would
+    need all judgements before the first layer.
+    """
+    count = min(num_layers, most)
+    return [run * num_layers // count for run in range(count)]
 
 
 def clearly_best(kl: dict[Choice, torch.Tensor], standard_errors: float = 2.0) -> Choice:

@@ -195,4 +195,6 @@ def rounding_settings(config: QuantConfig) -> dict[str, Any]:
     if parts.rounding == "gptq":
         settings |= {"cross_strength": parts.cross_strength, "shrinkage_kappa": parts.kappa, "percdamp": config.percdamp,
                      "activation_order": config.activation_order}
+    if parts.chooses_weighting:
+        settings["judged_layers"] = config.judged_layers
     return settings

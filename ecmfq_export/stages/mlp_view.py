@@ -95,6 +95,25 @@ def only(routed: Routed, part: slice) -> Routed:
     return Routed(some.token, some.expert, routed.gate[rows], some, routed.routing, rows)
 
 
+def experts_alone(layer: DecoderLayer, routed: Routed, part: slice) -> tuple[DecoderLayer, Routed]:
+    """A layer that has the experts in `part` alone, numbered from 0, for :func:`intermediate`, with their rows of `routed`; nothing is
+    copied, and what is widened of a quantized weight is a few experts' and goes with the layer."""
+    if routed.dispatch is None:
+        return layer, routed
+    name, some = "mlp.experts.gate_up_proj", only(routed, part)
+    weight = layer.quantized.get(name)
+    if weight is None:
+        own = DecoderLayer(layer.spec, layer.eps, {name: layer.tensors[name][part]}, {}, layer.down_block)
+    else:
+        multiplier = None if weight.group_multiplier is None else weight.group_multiplier[part]
+        sliced = QTensor(weight.qvalue[part], weight.scale[part], weight.num_bits, weight.group_size, multiplier)
+        own = DecoderLayer(layer.spec, layer.eps, {}, {name: sliced}, layer.down_block)
+    where = some.dispatch
+    offsets = where.offsets[part.start : part.stop + 1]
+    dispatch = Dispatch(where.token, where.slot, where.expert - part.start, offsets, where.inverse)
+    return own, Routed(some.token, some.expert - part.start, some.gate, dispatch, some.routing, some.rows)
+
+
 def route_everywhere(layer: DecoderLayer, x: torch.Tensor) -> Routed:
     """Every token to every expert, gates 1: how an expert would see tokens that are not its own."""
     if not isinstance(layer.spec.mlp, MoESpec):

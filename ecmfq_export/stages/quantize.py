@@ -24,7 +24,7 @@ from ecmfq_export.quant.token_weights import Weighting
 from ecmfq_export.stages import attention_view, mlp_view
 from ecmfq_export.stages.calibration import Calibration, load_calibration
 from ecmfq_export.stages.fold import LayerScales, fold_layer, rotate_down
-from ecmfq_export.stages.judge import Judge, clearly_best
+from ecmfq_export.stages.judge import Judge, clearly_best, judged_layers
 from ecmfq_export.stages.layer_quantizer import LayerQuantizer, Stream
 from ecmfq_export.stages.layer_states import LayerStates, Side, drop_states
 from ecmfq_export.stages.methods import resolve, rounding_settings
@@ -44,7 +44,8 @@ def quantize(
     """Write the quantized checkpoint to `out_dir`; an interrupted run continues from its last finished layer.
 
     Beside it, where samples are looked at: ``quantization.json``, a list with one object a layer, ``weighting`` chosen, ``kl`` by
-    weighting (final-logit KL on held-out samples; for a single weighting behind the last layer only), ``errors`` by group of weights
+    weighting (final-logit KL on held-out samples, in layers where weightings are compared; in the others, which have one weighting,
+    behind the last layer only), ``errors`` by group of weights
     (one number an expert, weighted squared output error over that of the outputs) and ``tokens`` that each expert computed
     ([text, vision]); and ``smoothing_scales.safetensors``.
 
@@ -138,6 +139,7 @@ class _Run:
         self._model, self._calibration, self._scales, self._config = model, calibration, scales, config
         self._writer, self._progress, self._resources = writer, progress, resources
         self._parts = resolve(config)
+        self._judged = judged_layers(model.spec.num_layers, config.judged_layers) if self._parts.chooses_weighting else []
 
     @torch.no_grad()
     def run(self, info: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ class _Run:
               ActivationStore(limit, resources.scratch(work, "heldout"), resources.device) as heldout_store):
             train, heldout = (self._prepare(store, held) for store, held in ((train_store, False), (heldout_store, True)))
             samples = self._calibration.samples.choose(self._calibration.heldout)
-            judge = Judge(self._model, samples, heldout.batches, heldout.store)
+            judge = Judge(self._model, samples, heldout.batches, heldout.store, ahead=self._parts.chooses_weighting)
             rho = torch.tensor([text_rho(self._calibration.gamma, train.batches, self._parts.balanced), 1.0], device=resources.device)
             states = LayerStates(work, {name: Side(stream.batches, stream.store, ("fp", "q"))
                                         for name, stream in (("train", train), ("heldout", heldout))}, resources.ranks)
@@ -158,9 +160,13 @@ class _Run:
             log = log or []
             if start:
                 self._progress.note(f"continuing after layer {start} of {layers}, which an interrupted run finished")
-            for index in self._progress.track(range(start, layers), "quantize, layer by layer", layers - start):
+            steps = self._steps(start)
+            for index in self._progress.track(steps, "quantize, layer by layer", len(steps)):
+                if len(log) > index:
+                    continue
+                wanted = self._parts.weightings if index in self._judged or not log else (log[-1]["weighting"],)
                 with resources.math():
-                    layer, entry = self._layer(index, train, heldout, judge, rho)
+                    layer, entry = self._layer(index, wanted, train, heldout, judge, rho)
                 if resources.ranks.first:
                     self._writer.write_layer(index, {**layer.tensors, **layer.quantized})
                 del layer
@@ -176,6 +182,13 @@ class _Run:
         chosen = ", ".join(entry["weighting"] for entry in log)
         self._progress.note(f"weightings by layer: {chosen}; held-out final-logit KL {info['heldout_kl']:.3g}")
 
+    def _steps(self, start: int) -> list[int]:
+        """Layers from `start` on, each as many times as it is quantized, so that steps take about the same time."""
+        layers = range(start, self._model.spec.num_layers)
+        if all(index in self._judged for index in layers) or not self._judged:
+            return list(layers)
+        return [index for index in layers for _ in range(len(self._parts.weightings) + 1 if index in self._judged else 1)]
+
     def _prepare(self, store: ActivationStore, held: bool) -> Stream:
         """One side's streams. Held-out samples are calibrated on too where no choice is judged on them."""
         kept = held or self._parts.chooses_weighting
@@ -190,34 +203,32 @@ class _Run:
         return _prepared(self._model, index, self._scales.get(index, LayerScales()), self._config).to(self._resources.device)
 
     def _layer(
-        self, index: int, train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor
+        self, index: int, wanted: tuple[Weighting, ...], train: Stream, heldout: Stream, judge: Judge, rho: torch.Tensor
     ) -> tuple[DecoderLayer, dict[str, Any]]:
-        """Quantize one layer, keep the best weighting, and move both streams behind it; the layer in host memory and its log entry."""
+        """Quantize one layer, keep the best weighting of `wanted`, and move both streams behind it; the layer in host memory and its log
+        entry."""
         folded = self._folded(index)
         quantizer = LayerQuantizer(folded, index, train, heldout, rho, self._config, self._resources.ranks)
-        wanted = self._parts.weightings
-        judged = len(wanted) > 1 or index + 1 == self._model.spec.num_layers
-        candidates: dict[Weighting, DecoderLayer] = {weighting: quantizer.quantize(weighting) for weighting in wanted}
-        # From here on the quantized layers do the work: neither the floating-point experts nor more than one layer's widened
-        # integers are in memory, with the layers that the judge reads.
-        quantizer.drop_weights()
-        del folded
-        for weighting in candidates if judged else ():
-            quantizer.outputs(candidates[weighting], weighting, "heldout", f"out.{weighting}")
-            candidates[weighting].drop_integers()
         kl: dict[Weighting, float] = {}
         best = wanted[0]
-        if judged:
-            found = judge.kl([f"out.{weighting}" for weighting in wanted], index + 1)
-            kl = {weighting: float(found[f"out.{weighting}"].mean()) for weighting in wanted}
-            best = clearly_best({weighting: found[f"out.{weighting}"] for weighting in wanted})
         if len(wanted) > 1:
+            candidates = {weighting: quantizer.quantize(weighting) for weighting in wanted}
+            quantizer.drop_weights()
+            del folded
+            kl, best = self._judge(index, candidates, quantizer, judge)
             # Read once more, with no candidate left: it was not in memory beside the layers that the judge read.
             candidates.clear()
             layer = quantizer.refit(best, self._folded(index))
             quantizer.drop_weights()
         else:
-            layer = candidates.pop(best)
+            # Where another layer's choice is taken, nothing is left to be judged on held-out samples here.
+            layer = quantizer.refit(best, folded) if self._parts.chooses_weighting else quantizer.quantize(best)
+            quantizer.drop_weights()
+            del folded
+            if index + 1 == self._model.spec.num_layers:
+                if not self._parts.chooses_weighting:
+                    judge.refer_to("fp.next")
+                kl, _ = self._judge(index, {best: layer}, quantizer, judge)
         for side, stream in (("train", train), ("heldout", heldout)):
             quantizer.outputs(layer, best, side, "q.next")
             for batch in stream.batches:
@@ -228,6 +239,21 @@ class _Run:
         entry = {"layer": index, "weighting": best, "kl": kl, "errors": errors, "tokens": quantizer.tokens.tolist()}
         layer.drop_integers()
         return layer.to("cpu"), entry
+
+    def _judge(
+        self, index: int, candidates: dict[Weighting, DecoderLayer], quantizer: LayerQuantizer, judge: Judge
+    ) -> tuple[dict[Weighting, float], Weighting]:
+        """Held-out KL of each candidate, and the one that is clearly best.
+
+        The quantized layers do the work: neither the floating-point experts nor more than one layer's widened integers are in memory,
+        with the layers that the judge reads.
+        """
+        for weighting, layer in candidates.items():
+            quantizer.outputs(layer, weighting, "heldout", f"out.{weighting}")
+            layer.drop_integers()
+        found = judge.kl([f"out.{weighting}" for weighting in candidates], index + 1)
+        kl = {weighting: float(found[f"out.{weighting}"].mean()) for weighting in candidates}
+        return kl, clearly_best({weighting: found[f"out.{weighting}"] for weighting in candidates})
 
 
 def layer_bytes(model: MoEVLM) -> dict[str, int]:

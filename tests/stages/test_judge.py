@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ecmfq_export.runtime.sample import ProcessedSample
 from ecmfq_export.stages import judge
@@ -44,3 +46,20 @@ def test_many_positions_are_thinned_evenly_over_batches(monkeypatch):
     found = judge._judged_positions(samples, batches)
     counts = [int(mask.sum()) for mask in found.values()]
     assert 5 <= sum(counts) <= 10 and abs(counts[0] - counts[1]) <= 1
+
+
+def test_up_to_so_many_layers_all_are_judged_beyond_it_the_first_of_each_run():
+    assert judge.judged_layers(1, 8) == [0]
+    assert judge.judged_layers(8, 8) == list(range(8))
+    assert judge.judged_layers(9, 8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert judge.judged_layers(48, 8) == [0, 6, 12, 18, 24, 30, 36, 42]
+    assert judge.judged_layers(5, 2) == [0, 2]
+
+
+@given(layers=st.integers(1, 200), most=st.integers(1, 20))
+def test_judgements_read_a_number_of_layers_that_is_linear_in_the_depth(layers, most):
+    judged = judge.judged_layers(layers, most)
+    assert judged[0] == 0 and judged == sorted(set(judged)) and len(judged) == min(layers, most)
+    runs = [after - before for before, after in zip(judged, [*judged[1:], layers], strict=True)]
+    assert max(runs) - min(runs) <= 1
+    assert sum(layers - 1 - index for index in judged) <= (most + 1) * layers / 2
