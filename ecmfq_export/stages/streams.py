@@ -122,11 +122,6 @@ class Batch:
         router_types: int64 [B, S], as ``models.inputs.DecoderInputs`` has them.
     """
 
-    @property
-    def valid_router_types(self) -> torch.Tensor | None:
-        """`router_types` without padding, [T]."""
-        return None if self.router_types is None else self.router_types[self.valid]
-
     index: int
     samples: list[int]
     types: torch.Tensor
@@ -134,6 +129,11 @@ class Batch:
     num_deepstack: int
     store: ActivationStore
     router_types: torch.Tensor | None = None
+
+    @property
+    def valid_router_types(self) -> torch.Tensor | None:
+        """`router_types` without padding, [T]."""
+        return None if self.router_types is None else self.router_types[self.valid]
 
     @property
     def cos(self) -> torch.Tensor:
