@@ -24,6 +24,7 @@ OWN: dict[str, set[str]] = {
     "target": {"errors"},
     "quant": {"errors"},
     "file_hashes": set(),
+    "heap": set(),
     "bundle": {"errors", "config", "file_hashes", "quant.qtensor"},
     # A quantized checkpoint gives QTensors and transforms before projections; a sample is what a forward pass takes.
     "models": {"errors", "config", "quant.activation", "quant.hadamard", "quant.int4_words", "quant.pack", "quant.qtensor",
@@ -33,9 +34,10 @@ OWN: dict[str, set[str]] = {
                "runtime.processor", "runtime.sample"},
     "graph": {"errors", "config", "models", "bundle", "target", "progress", "quant.block_layout", "quant.kernel_layout", "quant.pack",
               "quant.qtensor"},
-    "engine": {"errors", "target", "bundle", "progress"},
+    "engine": {"errors", "target", "bundle", "progress", "heap"},
     # The report compares PyTorch's layers with the graph's, over the same prompts that `run` takes.
-    "validate": {"errors", "bundle", "progress", "graph.ops", "engine.runner", "engine.ort_runner", "models", "quant.qtensor", "runtime"},
+    "validate": {"errors", "bundle", "progress", "heap", "graph.ops", "engine.runner", "engine.ort_pieces", "engine.ort_runner", "models",
+                 "quant.qtensor", "runtime"},
     "runtime": {"errors", "bundle", "engine.runner"},
     "server": {"errors", "runtime"},
     # A model inside another project's program: opened, asked, scored.
@@ -51,6 +53,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "config": set(),
     "target": set(),
     "file_hashes": set(),
+    "heap": set(),
     "bundle": {"safetensors", "numpy"},
     "console": {"rich"},
     "progress": {"rich"},

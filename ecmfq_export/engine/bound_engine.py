@@ -14,7 +14,7 @@ weights) and :class:`~ecmfq_export.engine.cuda_runtime.CudaApi`. What is decided
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -123,7 +123,7 @@ class BoundEngine:
         """Weights, contexts and buffers on the device."""
         return self._engine.device_bytes + self.buffer_bytes
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         check_feeds(feeds, self._engine.inputs)
         profile = self._profile(feeds)
         blank: set[int] = set()
@@ -132,7 +132,7 @@ class BoundEngine:
         shapes = {name: tuple(feeds[name].shape) for name in self._engine.inputs}
         self._bind(profile, shapes)
         self._execute(profile)
-        return self._results(profile)
+        return self._results(profile, list(self._engine.outputs) if outputs is None else outputs)
 
     def fetch(self, tensor: DeviceTensor) -> np.ndarray:
         """A cache tensor on the host.
@@ -265,7 +265,7 @@ class BoundEngine:
                 self._cuda.drop_graph(graph)
         self._graphs.clear()
 
-    def _results(self, profile: int) -> dict[str, np.ndarray]:
+    def _results(self, profile: int, wanted: Sequence[str]) -> dict[str, np.ndarray]:
         outputs: dict[str, np.ndarray] = {}
         for name, (dtype, _) in self._engine.outputs.items():
             shape = self._output_shapes[profile][name]
@@ -275,7 +275,7 @@ class BoundEngine:
                 if not self._in_place:  # what was written is the next call's past
                     past = self.pairs[name]
                     self._addresses[past], self._addresses[name] = self._addresses[name], self._addresses[past]
-            else:
+            elif name in wanted:
                 outputs[name] = np.empty(shape, dtype)
                 self._cuda.download(outputs[name], self._addresses[name])
-        return outputs
+        return {name: outputs[name] for name in wanted}

@@ -27,30 +27,20 @@ class OrtRunner:
         threads: CPU threads inside an operator; 0: one a physical core.
         optimize: let ONNX Runtime fuse operators. Off, every operator is computed as written.
         extra_outputs: names of values inside the graph that are outputs too; the file stays as it is.
+        brief: for a session that is let go of soon: no second, packed copy of matrices, and no arena, which would live as long as
+            any array that it gave out.
 
     Raises:
         UserError: no such file, a name that no value has, or ONNX Runtime refuses the graph; with its message.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True, extra_outputs: Sequence[str] = ()) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what goes wrong comes as an exception, with the same words
-        if not optimize:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    def __init__(self, path: Path, *, threads: int = 0, optimize: bool = True, extra_outputs: Sequence[str] = (),
+                 brief: bool = False) -> None:
         model = load_graph(Path(path))
-        source: str | bytes = str(path)
+        source: Path | bytes = Path(path)
         if extra_outputs:
             source = _with_outputs(model, Path(path), extra_outputs)
-            # Weights lie beside the file, where a graph that comes as bytes does not look by itself.
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent.resolve()))
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"],
-                                                         enable_fallback=0)  # fmt: skip
-        except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this file
-            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}",
-                            "an operator without an implementation: load model.ref.onnx, not model.onnx") from error
+        self._session = open_model(source, Path(path), threads, optimize, brief)
         unknown = [value for value in self._session.get_inputs() if value.type not in _DTYPES]
         if unknown:
             raise UnsupportedError(f"{path}: input '{unknown[0].name}' is a {unknown[0].type}", f"supported: {', '.join(_DTYPES)}")
@@ -74,17 +64,55 @@ class OrtRunner:
         """Dtype and shape of every input; a free extent is its symbol's name or None."""
         return dict(self._inputs)
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         check_feeds(feeds, self._inputs)
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        wanted = self._outputs if outputs is None else list(outputs)
+        return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
 
 
-def _with_outputs(model: onnx.ModelProto, path: Path, names: Sequence[str]) -> bytes:
-    """The graph, without its weights, with these values of the type of its first input as outputs after its own."""
+def open_model(model: Path | bytes, path: Path, threads: int = 0, optimize: bool = True,
+               brief: bool = False) -> onnxruntime.InferenceSession:
+    """A session over a graph that :func:`~ecmfq_export.engine.graph_file.load_graph` has checked.
+
+    Args:
+        model: the file, or a graph made from it as bytes.
+        path: the file whose folder has the weights; named in errors.
+        threads, optimize, brief: see :class:`OrtRunner`.
+
+    Raises:
+        UserError: ONNX Runtime refuses it; with its message.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what goes wrong comes as an exception, with the same words
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if brief:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if isinstance(model, bytes):
+        # Weights lie beside the file, where a graph that comes as bytes does not look by itself.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types, all of them about this file
+        raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}",
+                        "an operator without an implementation: load model.ref.onnx, not model.onnx") from error
+
+
+def require_values(model: onnx.ModelProto, path: Path, names: Sequence[str]) -> None:
+    """Raise UnsupportedError for a name that no node of the graph gives."""
     values = {name for node in model.graph.node for name in node.output}
     missing = [name for name in names if name not in values]
     if missing:
         raise UnsupportedError(f"{path} has no value {missing[0]}", "export the model again")
+
+
+def _with_outputs(model: onnx.ModelProto, path: Path, names: Sequence[str]) -> bytes:
+    """The graph, without its weights, with these values of the type of its first input as outputs after its own."""
+    require_values(model, path, names)
     there = {value.name for value in model.graph.output}
     element = model.graph.input[0].type.tensor_type.elem_type
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, element, None) for name in names if name not in there)

@@ -31,14 +31,15 @@ class Runner(Protocol):
     @property
     def device_bytes(self) -> int: ...
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Run once.
 
         Args:
             feeds: every input by name, of the graph's dtype and a shape that its dimensions admit.
+            outputs: names of the outputs that are wanted; None: all.
 
         Returns:
-            every output by name; arrays of their own. A cache output (``present_*``) may be on the device: it goes into the next
+            these outputs by name; arrays of their own. A cache output (``present_*``) may be on the device: it goes into the next
             call's ``past_*`` as it is, and indexing or ``np.asarray`` copies it to the host.
 
         Raises:

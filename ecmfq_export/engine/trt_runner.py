@@ -7,7 +7,7 @@ this file holds the calls into TensorRT alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ class TrtRunner:
         """How many calls ran directly, were captured as a CUDA graph, and were replayed (captured ones included)."""
         return self._bound.calls
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._bound.run(feeds)
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        return self._bound.run(feeds, outputs)
 
 
 class _TrtEngine:

@@ -144,7 +144,8 @@ def float_moe_function() -> ir.Function:
 
 
 def routed_moe_function(group_size: int, columns: int = GROUP) -> ir.Function:
-    """EcmfqRoutedMoE with ``weight_layout = "row_major"``: a Scan over experts, each on the tokens that chose it.
+    """EcmfqRoutedMoE with ``weight_layout = "row_major"``: a Scan over experts, each on the tokens that chose it; an expert that no
+    token chose is not unpacked.
 
     Integer accumulators are exact: float32 products of integers that stay below 2 ** 24, MatMulInteger for wider rows than
     that, int32 sums over groups. Slots are added in ascending order by a second Scan, since ReduceSum promises no order.
@@ -196,6 +197,9 @@ def routed_moe_function(group_size: int, columns: int = GROUP) -> ir.Function:
                     hit = Equal (ids, e)
                     found = NonZero (hit)
                     pair = Reshape (found, all)
+                    pair_total = Size (pair)
+                    any_pair = Greater (pair_total, zero)
+                    buffer_next = If <then_branch = chosen () => (buffer_then) {{
                     token = Div (pair, slots)
                     xq = Gather <axis = 0> (qx, token)
                     xs = Gather <axis = 0> (sx, token)
@@ -213,7 +217,8 @@ def routed_moe_function(group_size: int, columns: int = GROUP) -> ir.Function:
                     w = Gather <axis = 0> (weights, pair)
                     y = Mul (d_out, w)
                     index = Reshape (pair, column)
-                    buffer_next = ScatterND (buffer, index, y)
+                    buffer_then = ScatterND (buffer, index, y)
+                    }}, else_branch = idle () => (buffer_else) {{ buffer_else = Identity (buffer) }}> (any_pair)
                 }}>
                 (empty, experts, gate_up_qweight, gate_up_scale, down_qweight, down_scale{extra})
             slot_shape = Concat <axis = 0> (all, slots, hidden)

@@ -138,7 +138,7 @@ class DecoderSession:
         """Logits [S, vocab] float32 at every position of each sample; needs a graph exported with ``logits="all"``."""
         if self.logits_last:
             raise UserError(f"{self.directory} was exported with logits = last", "export with logits = all")
-        outputs, _, lengths = self._run_prompts(samples)
+        outputs, lengths = self.run_prompts(samples, ["logits"])
         return [outputs["logits"][row, :length] for row, length in enumerate(lengths)]
 
     def step(self, tokens: np.ndarray, state: DecodeState, active: np.ndarray | None = None) -> np.ndarray:
@@ -218,9 +218,27 @@ class DecoderSession:
                 out[row].append(logits[row])
         return [np.stack(rows[:count]) for rows, count in zip(out, counts, strict=True)]
 
-    def run_prompt(self, sample: ProcessedSample) -> dict[str, np.ndarray]:
-        """Every output of the decoder graph for one prompt, for validation of graphs that show more than logits."""
-        return self._run_prompts([sample])[0]
+    def run_prompts(self, samples: Sequence[ProcessedSample], wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Outputs of the decoder graph by name, [batch, longest prompt, ...] each, and the prompts' lengths [batch]: for validation,
+        which looks at more than logits."""
+        outputs, _, lengths = self._run_prompts(samples, wanted)
+        return outputs, lengths
+
+    def read_images(self, samples: Sequence[ProcessedSample]) -> int:
+        """Run the vision graph over the images of the first samples, as many as are kept, and return how many samples that is.
+
+        Another run of these prompts needs the decoder alone: with :meth:`release_vision` between, one graph is in memory at a time.
+        """
+        kept, size = 0, 0
+        for count, sample in enumerate(samples):
+            if sample.image_grid_thw is not None:
+                merged = int(sample.image_grid_thw.prod(axis=1).sum()) // self.spec.vision.spatial_merge_size**2
+                kept += 1
+                size += merged * self.hidden_size * np.dtype(self.dtype).itemsize * (1 + self.spec.num_deepstack)
+                if count and (kept > _CACHED_IMAGES or size > _CACHED_FEATURE_BYTES):
+                    return count
+                self.image_features(sample)
+        return len(samples)
 
     def check_length(self, sample: ProcessedSample, room: int = 0) -> None:
         """Raise UserError unless `sample` and `room` more tokens fit the context, with the numbers."""
@@ -239,7 +257,10 @@ class DecoderSession:
             raise UserError(f"an image makes {largest} patches, the vision graph takes {self._max_patches}",
                             "scale it down, or export with a larger max_image_patches")
 
-    def _run_prompts(self, samples: Sequence[ProcessedSample]) -> tuple[dict[str, np.ndarray], DecodeState, np.ndarray]:
+    def _run_prompts(
+        self, samples: Sequence[ProcessedSample], wanted: Sequence[str] | None = None
+    ) -> tuple[dict[str, np.ndarray], DecodeState, np.ndarray]:
+        """Outputs, of these names alone where some are given (the state then has no cache), the state behind the prompts, lengths."""
         if not samples:
             raise ValueError("no samples")
         for sample in samples:
@@ -271,13 +292,16 @@ class DecoderSession:
         cache = {f"past_{kind}_{layer}": empty for layer in range(self.num_layers) for kind in ("key", "value")}
         state = DecodeState(lengths, deltas, cache)
         kinds = host.router_types(ids, self.spec.image_expert_ids)
-        outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache, kinds)
-        self._take_cache(outputs, state)
+        outputs = self._call(embeds, positions, np.zeros(len(samples), np.int64), deepstack, lengths - 1, cache, kinds, wanted)
+        if wanted is None:
+            self._take_cache(outputs, state)
+        else:
+            state.cache = {}
         return outputs, state, lengths
 
     def _call(
         self, embeds: np.ndarray, positions: np.ndarray, starts: np.ndarray, deepstack: list[np.ndarray],
-        last_index: np.ndarray, cache: dict[str, np.ndarray], router_types: np.ndarray,
+        last_index: np.ndarray, cache: dict[str, np.ndarray], router_types: np.ndarray, wanted: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:  # fmt: skip
         cos, sin = host.rope_tables(self.spec.rope, positions, self.dtype)
         feeds: dict[str, np.ndarray] = {
@@ -293,7 +317,7 @@ class DecoderSession:
             feeds["router_types"] = router_types
         if self.logits_last:
             feeds["last_index"] = np.asarray(last_index, np.int64)
-        return self._decoder.run(feeds)
+        return self._decoder.run(feeds) if wanted is None else self._decoder.run(feeds, wanted)
 
     def _take_cache(self, outputs: dict[str, np.ndarray], state: DecodeState) -> None:
         state.cache = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from ecmfq_export import bundle
 from ecmfq_export.errors import BundleError, UserError
+from ecmfq_export.heap import give_back
 from ecmfq_export.models.inputs import run_vision
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
 from ecmfq_export.progress import Progress
@@ -97,7 +98,7 @@ def validate(
         return json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
     processor = Processor(float_dir)
     prompts = load_prompts(processor, data, limit, candidates)
-    session = onnx_side.open_session(onnx_dir)
+    session = onnx_side.open_session(onnx_dir, taps=onnx_side.tapped_names(floating.spec.num_layers))
     onnx_side.require_same_vocabulary(session, floating.spec.vocab_size)
     for sample in prompts.samples:
         session.check_length(sample)
@@ -105,10 +106,8 @@ def validate(
         study = _Study(floating, quantized, session, processor, prompts, progress, graphs.info.get("computes") or _imported(quantized_dir))
         study.run()
         vision, retrieval = study.vision_difference(), study.retrieval()
-        # The second session is opened when the first one is gone: each may hold the whole decoder.
-        del session, study.session
         progress.note("hidden states in ONNX Runtime")
-        states = onnx_side.hidden_states(onnx_dir, [prompts.samples[i] for i in study.tapped], len(study.layers))
+        states = onnx_side.hidden_states(session, [prompts.samples[i] for i in study.tapped])
         report = study.report(states, vision)
         report["retrieval"] = retrieval
         report["bytes"] = checkpoint_bytes(quantized) | {"artifacts": artifact_bytes(onnx_dir, engines_dir)}
@@ -196,7 +195,6 @@ class _Study:
         floating, quantized = self.lockstep.answer_logits(samples, **options)
         middle = time.perf_counter()
         onnx = onnx_side.answer_logits(self.session, samples)
-        self.session.release_vision()  # the tower of the next comparison is PyTorch's
         self.seconds["pytorch"] += middle - start
         self.seconds["onnx"] += time.perf_counter() - middle
         return floating, quantized, onnx
@@ -233,14 +231,18 @@ class _Study:
         """Image features and DeepStack features of the tapped prompts, the quantized checkpoint's tower against the graph's."""
         samples = [sample for sample in (self.prompts.samples[i] for i in self.tapped) if sample.pixel_values is not None]
         tower = self.quantized.vision_module() if samples else None
+        features = [run_vision(tower, sample.pixel_values, sample.image_grid_thw) for sample in samples]
+        del tower  # before ONNX Runtime's is opened, where its features are not known any more
+        give_back()
         differences: list[Difference] = []
-        for sample in samples:
-            features, deepstack = run_vision(tower, sample.pixel_values, sample.image_grid_thw)
-            pairs = zip((features, *deepstack), self.session.image_features(sample), strict=True)
+        for sample, (merged, deepstack) in zip(samples, features, strict=True):
+            pairs = zip((merged, *deepstack), self.session.image_features(sample), strict=True)
             for i, (torch_features, onnx_features) in enumerate(pairs):
                 if i == len(differences):
                     differences.append(Difference())
                 differences[i].add(torch_features.numpy(), onnx_features)
+        self.session.release_vision()
+        give_back()
         return [{"output": "image features" if i == 0 else f"DeepStack {i - 1}", **d.as_dict()}
                 for i, d in enumerate(differences)]  # fmt: skip
 

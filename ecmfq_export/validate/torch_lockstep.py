@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ecmfq_export.heap import give_back
 from ecmfq_export.models.inputs import DecoderInputs, prepare_inputs
 from ecmfq_export.models.moe_vlm import MoEVLM
 from ecmfq_export.models.rotated import residual_rotation
@@ -81,6 +82,7 @@ class Lockstep:
                 batch.float_hidden, routing = _run(layer, batch.float_hidden, batch.floating)
                 picked.append(None if routing is None else routing.topk_ids)
             del layer
+            give_back()
             layer = load_layer(self._quantized, index)
             for batch, ids in zip(batches, picked, strict=True):
                 batch.quantized_hidden, routing = _run(layer, batch.quantized_hidden, batch.quantized)
@@ -90,9 +92,11 @@ class Lockstep:
                     for i, row in enumerate(batch.rows):
                         on_hidden(index, row, batch.quantized_hidden[i, : samples[row].length].numpy())
             del layer
+            give_back()
         out: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for logits, model, which in zip(out, (self._float, self._quantized), ("float_hidden", "quantized_hidden"), strict=True):
             logits.extend(_answers(model, samples, batches, which))
+            give_back()
         return out
 
     def _batches(self, samples: Sequence[ProcessedSample]) -> list[_Batch]:
@@ -103,6 +107,7 @@ class Lockstep:
             vision = model.vision_module() if any(s.pixel_values is not None for s in samples) else None
             sides.append([prepare_inputs(model, [samples[row] for row in rows], vision=vision) for rows in groups])
             del vision
+            give_back()  # a tower is hundreds of tensors from the heap
         batches = []
         for rows, floating, quantized in zip(groups, *sides, strict=True):
             valid = torch.arange(floating.inputs_embeds.shape[1]) < floating.lengths[:, None]
