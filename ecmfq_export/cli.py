@@ -101,7 +101,8 @@ def _export(args: argparse.Namespace) -> int:
         if not resources.ranks.first:
             return _help_first_rank(args, quant, resources)
         report = export(args.model, args.data, args.output, target, quant, export_config, progress,
-                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build, resources=resources)
+                        evaluation=args.evaluate, limit=args.limit, build=not args.no_build, expert_weights=args.expert_weights,
+                        resources=resources)
     print_report(report, out)
     out.print(f"bundle: {args.output}", soft_wrap=True)
     require_passed(report)
@@ -113,7 +114,7 @@ def _dry_run(args: argparse.Namespace, target: Any, quant: QuantConfig, export_c
 
     with _resources(args) as resources:
         plan = plan_export(args.model, args.data, args.output, target, quant, export_config, evaluation=args.evaluate,
-                           limit=args.limit, build=not args.no_build, resources=resources)
+                           limit=args.limit, build=not args.no_build, expert_weights=args.expert_weights, resources=resources)
     print_plan(plan, out)
     for check in plan.failed:
         print(f"ecmfq-export: error: {UserError(check.detail, check.fix)}", file=sys.stderr)
@@ -169,11 +170,15 @@ def _build(args: argparse.Namespace) -> int:
     target = load_target(args.target)
     out, err = _consoles()
     if args.trtexec:
+        if args.expert_weights != "engine":
+            raise UserError(f"--trtexec with --expert-weights {args.expert_weights}: trtexec leaves expert weights in the engine",
+                            "build with 'ecmfq-export build' instead, or leave --expert-weights out")
         for part, line in trtexec_lines(args.bundle, target).items():
             print(f"# {part}, in engines/{target.name}\n{line}")
         return 0
     with RichProgress(err).running() as progress:
-        path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False))
+        path = build_engines(args.bundle, target, progress, verbose=getattr(args, "verbose", False),
+                             expert_weights=args.expert_weights)
     built = path in Paths(args.bundle).engine_folders("build")
     seal(Paths(args.bundle), {"target": target.name}, {"engines_built": built})
     out.print(f"engines: {path}" if built else f"for the device to build its engines: {path}", soft_wrap=True)

@@ -116,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--evaluate", type=Path, metavar="JSONL", help="held-out questions {image, question, answer} for the report")
     sub.add_argument("--limit", type=int, default=0, help="at most so many evaluation items (0: all)")
     sub.add_argument("--no-build", action="store_true", help="stop at ONNX: no engines, no plugin library; make them later with 'build'")
+    _expert_weights_argument(sub)
     sub.add_argument("--dry-run", action="store_true",
                      help="check everything that can be checked, print stages, bytes, memory, disk and time, and write nothing")
     _quant_arguments(sub)
@@ -137,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("build", "build engines of a bundle for one more target, or on the device", _BUILD_EXAMPLES)
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--target", required=True)
+    _expert_weights_argument(sub)
     sub.add_argument("--trtexec", action="store_true", help="build nothing: print the exact lines for TensorRT's own trtexec")
 
     sub = command("validate", "compare PyTorch, quantized PyTorch and ONNX Runtime; write JSON and HTML",
@@ -244,6 +246,12 @@ def _quant_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                      help="any field of QuantConfig or ExportConfig (docs/method.md lists them), e.g. expert_memory_gb=1.5: memory for "
                      "rounding a layer's experts, beside its weights (default 3)")
+
+
+def _expert_weights_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--expert-weights", choices=("engine", "inputs"), default="engine",
+                     help="where the decoder engine has the experts' weights: inside (default), or as inputs that stay in the bundle's "
+                     "onnx directory; the builder then needs no memory for them (docs/sizes.md)")
 
 
 def _attention_argument(sub: argparse.ArgumentParser) -> None:

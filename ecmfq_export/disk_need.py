@@ -128,11 +128,13 @@ def import_needs(model: MoEVLM, config: QuantConfig, out_dir: Path) -> list[Stag
     return [StageNeed("import", out_dir, sum(stored_bytes(model, name, config, False) for name in model.names()))]
 
 
-def export_needs(model: MoEVLM, config: QuantConfig, target: Target | None, root: Path, build: bool) -> list[StageNeed]:
+def export_needs(model: MoEVLM, config: QuantConfig, target: Target | None, root: Path, build: bool,
+                 expert_weights: str = "engine") -> list[StageNeed]:
     """Graphs and engines of a bundle at `root`; `config` tells what is quantized where the model is not yet.
 
     Args:
         target: None for graphs for ONNX Runtime alone.
+        expert_weights: where engines have them; as ``inputs`` they lie in the graphs' files alone.
     """
     experts = other = vision = 0
     width = 2 if target is not None and target.dtype == "float16" else 4
@@ -151,7 +153,8 @@ def export_needs(model: MoEVLM, config: QuantConfig, target: Target | None, root
     layouts = 1 if target is None or target.kernel.weight_layout == "row_major" else 2
     needs = [StageNeed("export graphs", root / "onnx", layouts * experts + other + vision + embeddings + _SMALL)]
     if build and target is not None:
-        needs.append(StageNeed("build engines", root / "engines" / target.name, experts + other + vision + _SMALL))
+        inside = experts if expert_weights == "engine" else 0
+        needs.append(StageNeed("build engines", root / "engines" / target.name, inside + other + vision + _SMALL))
     return [*needs, StageNeed("validate", root / "report", _SMALL)]
 
 

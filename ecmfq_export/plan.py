@@ -83,10 +83,10 @@ class Plan:
 
 def plan_export(
     model_dir: Path, data: Path | None, output: Path, target: Target | None, quant: QuantConfig, export_config: ExportConfig, *,
-    evaluation: Path | None = None, limit: int = 0, build: bool = True, resources: Resources = DEFAULT,
+    evaluation: Path | None = None, limit: int = 0, build: bool = True, expert_weights: str = "engine", resources: Resources = DEFAULT,
 ) -> Plan:  # fmt: skip
     """The plan of ``workflow.export`` with the same arguments. Problems are in ``Plan.failed``, all of them at once."""
-    from ecmfq_export.engine.bundle_engines import builds_here
+    from ecmfq_export.engine.bundle_engines import builds_here, require_weights
     from ecmfq_export.models.moe_vlm import open_model
     from ecmfq_export.workflow import Paths
 
@@ -108,6 +108,8 @@ def plan_export(
     plan.look("output", lambda: _writable(output))
     here = build and target is not None and builds_here(target)
     if build and target is not None:
+        if expert_weights != "engine":
+            plan.look("expert weights", lambda: (require_weights(target, expert_weights), "inputs of the decoder's engine"))
         plan.look("plugin library", lambda: _library(target))
         if here:
             plan.look("engine builder", lambda: _builder(target))
@@ -122,7 +124,7 @@ def plan_export(
         prompts = plan.look("data", lambda: _pool(model_dir, data))
         if prompts is None:
             return plan
-    needs = disk_need.export_needs(model, quant, target, output, here)
+    needs = disk_need.export_needs(model, quant, target, output, here, expert_weights)
     if model.weight_only is not None and target is not None:
         needs = [*disk_need.import_needs(model, quant, paths.quantized), *needs]
     if floating:

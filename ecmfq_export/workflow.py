@@ -179,6 +179,7 @@ def export(
     evaluation: Path | None = None,
     limit: int = 0,
     build: bool = True,
+    expert_weights: str = "engine",
     resources: Resources | None = None,
 ) -> dict[str, Any]:
     """Every stage from a floating-point or quantized checkpoint to a validated bundle.
@@ -191,6 +192,7 @@ def export(
         evaluation: held-out questions (JSONL) for the report; None compares logits only.
         limit: at most so many evaluation items; 0 takes all.
         build: whether to build engines (where the target builds them on this machine).
+        expert_weights: in the decoder's ``engine``, or ``inputs`` of it (:mod:`ecmfq_export.engine.expert_weights`).
         resources: memory and device of the stages up to the quantized checkpoint.
 
     Returns:
@@ -200,7 +202,7 @@ def export(
         UserError: any input, machine or validation problem, before a later stage is started; too little disk, before the first one.
     """
     from ecmfq_export import disk_need
-    from ecmfq_export.engine.bundle_engines import builds_here
+    from ecmfq_export.engine.bundle_engines import builds_here, require_weights
     from ecmfq_export.engine.cross_compile import library_for
     from ecmfq_export.graph.pipeline import export_onnx, require_plain_inputs, resolve_sizes
     from ecmfq_export.models.moe_vlm import open_model
@@ -224,8 +226,9 @@ def export(
         raise UserError(f"no evaluation file at {evaluation}")
     build = build and target is not None
     if build and target is not None:
+        require_weights(target, expert_weights)
         library_for(target, progress.note)
-    needs = disk_need.export_needs(model, quant, target, output, build and target is not None and builds_here(target))
+    needs = disk_need.export_needs(model, quant, target, output, build and target is not None and builds_here(target), expert_weights)
     if model.weight_only is not None and target is not None:
         needs = disk_need.import_needs(model, quant, paths.quantized) + needs
     if model.quantization is None and model.weight_only is None:
@@ -244,7 +247,7 @@ def export(
             progress.note("the checkpoint is quantized already: calibrate, smooth and quantize are not run")
         export_onnx(quantized, paths.onnx, target, export_config, progress)
         drop_stale_engines(paths, progress)
-        folder = build_engines(output, target, progress) if build and target is not None else None
+        folder = build_engines(output, target, progress, expert_weights=expert_weights) if build and target is not None else None
         engines = folder if folder is not None and folder in paths.engine_folders("build") else None
         report = validate(model_dir, quantized, paths.onnx, paths.report, data=evaluation, limit=limit, progress=progress,
                           engines_dir=engines)
@@ -267,12 +270,13 @@ def drop_stale_engines(paths: Paths, progress: Progress) -> None:
             shutil.rmtree(directory)
 
 
-def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verbose: bool = False) -> Path:
+def build_engines(bundle_root: Path, target: Target, progress: Progress, *, verbose: bool = False,
+                  expert_weights: str = "engine") -> Path:
     """Engines of a bundle, or what a device needs to build them: :func:`ecmfq_export.engine.bundle_engines.build_engines`."""
     from ecmfq_export.engine.bundle_engines import build_engines as build
 
     paths = Paths(bundle_root)
-    return build(paths.onnx, paths.engines(target), target, progress, verbose=verbose)
+    return build(paths.onnx, paths.engines(target), target, progress, verbose=verbose, expert_weights=expert_weights)
 
 
 def trtexec_lines(bundle_root: Path, target: Target) -> dict[str, str]:
@@ -306,6 +310,7 @@ def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = 
         return Generator(paths.onnx, lambda path: OrtRunner(path, threads=threads))
     from ecmfq_export.engine.device import current_device
     from ecmfq_export.engine.engine_directory import check_runs_here, open_engines
+    from ecmfq_export.engine.expert_weights import mapped_weights
     from ecmfq_export.engine.trt_module import load_module
     from ecmfq_export.engine.trt_runner import TrtRunner
 
@@ -321,7 +326,13 @@ def open_generator(bundle_root: Path, threads: int = 0, target: Target | None = 
     version, device = load_module(target.engine).__version__, current_device()
     for record in records.values():
         check_runs_here(record, version, device)
-    return Generator(paths.onnx, lambda path: TrtRunner(folder / f"{path.parent.name}.engine", target))
+
+    def opened(path: Path) -> TrtRunner:
+        part = path.parent.name
+        weights = mapped_weights(path.with_name("model.onnx"), list(records[part].weight_inputs)) if part in records else None
+        return TrtRunner(folder / f"{part}.engine", target, weights=weights)
+
+    return Generator(paths.onnx, opened)
 
 
 def revalidate(bundle_root: Path, model_dir: Path, evaluation: Path | None, limit: int, progress: Progress) -> dict[str, Any]:

@@ -88,14 +88,23 @@ class BoundEngine:
 
     Args:
         kv_cache: ``in_place`` or ``copy``, as the target says.
+        weights: arrays of the inputs that stay the same: copied to the device once, and no inputs of :meth:`run`.
         graphs: whether repeated calls of the last profile are replayed as CUDA graphs; needs two profiles (the last one decodes).
 
     Raises:
-        BuildError: a cache output without its input, or memory that the device does not have.
+        BuildError: a cache output without its input, a weight that the engine does not take, or memory that the device does not have.
     """
 
-    def __init__(self, engine: Engine, cuda: CudaApi, *, kv_cache: str, graphs: bool = True) -> None:
+    def __init__(self, engine: Engine, cuda: CudaApi, *, kv_cache: str, graphs: bool = True,
+                 weights: Mapping[str, np.ndarray] | None = None) -> None:
         self._engine, self._cuda, self._in_place = engine, cuda, kv_cache == "in_place"
+        weights = weights or {}
+        for name, array in weights.items():
+            dtype, shape = engine.inputs.get(name, (None, ()))
+            if dtype != array.dtype or tuple(shape) != array.shape:
+                raise BuildError(f"the engine takes '{name}' as {dtype}{list(shape)}, the bundle has {array.dtype}{list(array.shape)}",
+                                 "build the engine again from this bundle's graphs")
+        self._inputs = {name: kind for name, kind in engine.inputs.items() if name not in weights}
         self._graphs_wanted = graphs and len(engine.profiles) > 1
         self.pairs = {name: PAST + name.removeprefix(PRESENT) for name in engine.outputs if name.startswith(PRESENT)}
         lost = [name for name, past in self.pairs.items() if past not in engine.inputs]
@@ -109,10 +118,12 @@ class BoundEngine:
         self.calls = {"direct": 0, "captured": 0, "replayed": 0}
         self.buffer_bytes = 0
         self._allocate()
+        for name, array in weights.items():
+            self._cuda.upload(self._addresses[name], np.ascontiguousarray(array))
 
     @property
     def input_names(self) -> list[str]:
-        return list(self._engine.inputs)
+        return list(self._inputs)
 
     @property
     def output_names(self) -> list[str]:
@@ -124,12 +135,12 @@ class BoundEngine:
         return self._engine.device_bytes + self.buffer_bytes
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        check_feeds(feeds, self._engine.inputs)
+        check_feeds(feeds, self._inputs)
         profile = self._profile(feeds)
         blank: set[int] = set()
-        for name in self._engine.inputs:
+        for name in self._inputs:
             self._put(name, feeds[name], blank)
-        shapes = {name: tuple(feeds[name].shape) for name in self._engine.inputs}
+        shapes = {name: tuple(feeds[name].shape) for name in self._inputs}
         self._bind(profile, shapes)
         self._execute(profile)
         return self._results(profile, list(self._engine.outputs) if outputs is None else outputs)
@@ -184,6 +195,8 @@ class BoundEngine:
         wrong = ""
         for index in reversed(range(len(self._engine.profiles))):
             for name, (low, high) in self._engine.profiles[index].items():
+                if name not in self._inputs:
+                    continue
                 shape = feeds[name].shape
                 if any(not a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
                     wrong = f"'{name}' is {list(shape)}, allowed {list(low)} to {list(high)}"

@@ -18,9 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
+
 from ecmfq_export.engine.cross_compile import require_kernels
 from ecmfq_export.engine.device import Device, current_device
 from ecmfq_export.engine.engine_file import PLUGIN_NAME, EngineInfo, expect_plugin_nodes, read_engine_file
+from ecmfq_export.engine.expert_weights import ENGINE, INPUTS, places, weights_as_inputs
 from ecmfq_export.engine.graph_file import load_graph
 from ecmfq_export.engine.memory import Shapes, check_memory, memory_needs
 from ecmfq_export.engine.plugin_library import PluginLibrary, check_plugin_library, read_plugin_library
@@ -42,6 +45,7 @@ def build_engine(
     timing_cache: Path | None = None,
     log_path: Path | None = None,
     verbose: bool = False,
+    expert_weights: str = ENGINE,
 ) -> EngineInfo:
     """Build one engine and read it back.
 
@@ -57,9 +61,11 @@ def build_engine(
         timing_cache: file of measured tactic times, read if it is there and written; used where the target has one.
         log_path: where to write the builder's whole log, also when it fails.
         verbose: show the builder's messages on stderr as they come.
+        expert_weights: ``engine``, or ``inputs``: see :mod:`ecmfq_export.engine.expert_weights`.
 
     Returns:
-        what the engine file holds, by its own bytes; ``build`` has seconds, scratch bytes, shapes.
+        what the engine file holds, by its own bytes; ``build`` has seconds, scratch bytes, shapes, and ``weight_inputs``: where
+        the weights lie that are inputs.
 
     Raises:
         BuildError: this machine cannot build for the target; the graph, a profile or the library is not fit; the parser or the
@@ -76,13 +82,15 @@ def build_engine(
         if library is not None:
             check_driver(library, device)
     module = load_module(target.engine)
+    graph, names = weights_as_inputs(onnx_path) if expert_weights == INPUTS else (None, [])
+    weight_inputs = places(onnx_path, names)
 
     log = LogLines(sys.stderr if verbose else None)
     started = time.perf_counter()
     partial = out_path.with_name(out_path.name + ".partial")
     try:
         cache = timing_cache if target.engine.timing_cache else None
-        shapes = _build(module, log, onnx_path, target, partial, [profiles, *([decode_profile] if decode_profile else [])], library,
+        shapes = _build(module, log, onnx_path, graph, target, partial, [profiles, *([decode_profile] if decode_profile else [])], library,
                         embedded, cache)
         scratch = log.find(r"Max Scratch Memory: (\d+) bytes") or 0
         info = read_engine_file(partial) if target.engine.runtime == "tensorrt_rtx" else read_plan(module, log, partial)
@@ -98,6 +106,8 @@ def build_engine(
         "seconds": round(time.perf_counter() - started, 3), "memory": dataclasses.asdict(needs), "io_shapes": shapes,
         "target": target.name, "log_lines": len(log.lines),
     }
+    if weight_inputs:
+        facts["weight_inputs"] = weight_inputs
     return dataclasses.replace(info, path=out_path.name, build=facts)
 
 
@@ -152,10 +162,10 @@ def _check_machine(target: Target) -> Device | None:
     return device
 
 
-def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, out: Path,
+def _build(module: ModuleType, log: LogLines, onnx_path: Path, graph: onnx.ModelProto | None, target: Target, out: Path,
            profiles: Sequence[Mapping[str, Shapes]], library: PluginLibrary | None, embedded: PluginLibrary | None,
            timing_cache: Path | None) -> dict[str, dict[str, object]]:
-    """Parse and build to `out`; returns dtype, shape and direction of every input and output."""
+    """Parse the file, or `graph` made from it, and build to `out`; returns dtype, shape and direction of every input and output."""
     logger = make_logger(module, log)
     builder = module.Builder(logger)
     if library is not None and builder.get_plugin_registry().load_library(str(library.path)) is None:
@@ -164,7 +174,9 @@ def _build(module: ModuleType, log: LogLines, onnx_path: Path, target: Target, o
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = module.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx_path)):
+    # The path tells where weights lie.
+    parsed = parser.parse_from_file(str(onnx_path)) if graph is None else parser.parse(graph.SerializeToString(), str(onnx_path))
+    if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise _failed(f"{onnx_path}: the parser refused", log,
                       [f"node '{e.node_name()}' ({e.node_operator()}): {e.desc()}" for e in errors])

@@ -13,6 +13,7 @@ from ecmfq_export.engine.cross_compile import library_for
 from ecmfq_export.engine.device import current_device
 from ecmfq_export.engine.device_kit import Part, runs_on_oldest, total_needs, write_kit
 from ecmfq_export.engine.engine_file import expect_plugin_nodes
+from ecmfq_export.engine.expert_weights import CHOICES, ENGINE, INPUTS
 from ecmfq_export.engine.memory import check_memory, memory_needs
 from ecmfq_export.engine.plugin_library import (
     ABI_VERSION,
@@ -25,7 +26,7 @@ from ecmfq_export.engine.plugin_library import (
 )
 from ecmfq_export.engine.profiles import decode_ranges, profile_shapes
 from ecmfq_export.engine.trtexec import TIMING_CACHE
-from ecmfq_export.errors import BuildError, BundleError
+from ecmfq_export.errors import BuildError, BundleError, UserError
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Target
 
@@ -33,7 +34,8 @@ BUILT, PREPARED = "build", "device"
 """Stages of an engine folder: with engines, or with what a device needs to build them."""
 
 
-def build_engines(onnx_dir: Path, out_dir: Path, target: Target, progress: Progress, *, verbose: bool = False) -> Path:
+def build_engines(onnx_dir: Path, out_dir: Path, target: Target, progress: Progress, *, verbose: bool = False,
+                  expert_weights: str = ENGINE) -> Path:
     """Build the decoder's and the vision tower's engine, and put the plugin library beside them.
 
     Where the target's engines are built on the device and this is not one, `out_dir` gets what the device needs instead
@@ -42,11 +44,14 @@ def build_engines(onnx_dir: Path, out_dir: Path, target: Target, progress: Progr
     Args:
         onnx_dir: the bundle's ``onnx``.
         out_dir: the bundle's ``engines/<target>``; replaced when everything is there.
+        expert_weights: ``engine``, or ``inputs``: the decoder engine takes them from the bundle's files when it is opened
+            (:mod:`ecmfq_export.engine.expert_weights`).
 
     Raises:
         BuildError: this machine cannot build for the target, a build failed, or the engine that came out does not hold one
             plugin node for each routed MoE layer.
     """
+    require_weights(target, expert_weights)
     parts, manifest = engine_parts(onnx_dir, target)
     needs, device = total_needs(parts), current_device()
     own = device.memory_bytes if device is not None and device.compute_capability in target.compute_capabilities else None
@@ -54,7 +59,7 @@ def build_engines(onnx_dir: Path, out_dir: Path, target: Target, progress: Progr
                   + (f", this device has {own / 2**30:.1f}" if own else ""))
     check_memory(needs, target, own, "the engines need")
     if builds_here(target):
-        return _build(onnx_dir, out_dir, target, parts, manifest, progress, verbose)
+        return _build(onnx_dir, out_dir, target, parts, manifest, progress, verbose, expert_weights)
     return _prepare(onnx_dir, out_dir, target, parts, manifest, progress)
 
 
@@ -62,6 +67,20 @@ def builds_here(target: Target) -> bool:
     """Whether this machine makes the target's engines: any does ahead of time, only the device itself where it builds its own."""
     device = current_device()
     return target.engine.build == "host-aot" or device is not None and device.compute_capability in target.compute_capabilities
+
+
+def require_weights(target: Target, expert_weights: str) -> None:
+    """Refuse weights as inputs where trtexec would build the engine: it leaves every weight of the graph inside.
+
+    Raises:
+        UserError: an unknown choice.
+        BuildError: the target's engines are not built on this machine.
+    """
+    if expert_weights not in CHOICES:
+        raise UserError(f"expert weights '{expert_weights}'", f"one of {', '.join(CHOICES)}")
+    if expert_weights == INPUTS and not builds_here(target):
+        raise BuildError(f"engines for {target.name} are built on the device, and trtexec leaves expert weights in the engine",
+                         f"leave --expert-weights {INPUTS} out, or give it to 'ecmfq-export build' on the device")
 
 
 def engine_parts(onnx_dir: Path, target: Target) -> tuple[dict[str, Part], bundle.Manifest]:
@@ -122,10 +141,12 @@ def _prepare(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, 
 
 
 def _build(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Part], manifest: bundle.Manifest, progress: Progress,
-           verbose: bool) -> Path:
+           verbose: bool, expert_weights: str) -> Path:
     library = _shipped_library(out_dir, target, progress) or find_plugin_library()
     there = read_plugin_library(library) if target.platform == host_platform() else library_for(target, progress.note)
     config = {"target": dataclasses.asdict(target), "ranges": manifest.info["dim_ranges"]}
+    if expert_weights != ENGINE:
+        config["expert_weights"] = expert_weights
     inputs = {"onnx": bundle.fingerprint(onnx_dir), "plugin_library": bundle.sha256_file(library), "device_library": there.sha256}
     if bundle.is_current(out_dir, BUILT, config, inputs):
         progress.note(f"{out_dir}: up to date")
@@ -142,7 +163,8 @@ def _build(onnx_dir: Path, out_dir: Path, target: Target, parts: Mapping[str, Pa
             engine = build_engine(onnx_dir / name / "model.onnx", target, work / f"{name}.engine", profiles=part.profiles[0],
                                   decode_profile=next(iter(part.profiles[1:]), None), plugin_library=library,
                                   device_library=there.path, timing_cache=work / TIMING_CACHE,
-                                  log_path=work / f"{name}.build.log", verbose=verbose)
+                                  log_path=work / f"{name}.build.log", verbose=verbose,
+                                  expert_weights=expert_weights if name == "decoder" else ENGINE)
             expect_plugin_nodes(engine, part.num_plugin_nodes)
             info[name] = dataclasses.asdict(engine)
     return out_dir

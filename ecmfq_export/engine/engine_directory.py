@@ -32,6 +32,7 @@ class EngineRecord:
         compute_capabilities: GPUs that it runs on.
         num_plugin_nodes: layers of our plugin in it.
         plugin_library: the library beside it; None where it is embedded or not needed.
+        weight_inputs: names of the graph's weights that it takes as inputs.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class EngineRecord:
     compute_capabilities: tuple[int, ...]
     num_plugin_nodes: int
     plugin_library: Path | None
+    weight_inputs: tuple[str, ...] = ()
 
 
 def open_engines(directory: Path) -> dict[str, EngineRecord]:
@@ -105,4 +107,13 @@ def _record(directory: Path, part: str, manifest: bundle.Manifest, library: Path
     if library is not None and used and manifest.files[LIBRARY_NAME] != used:
         raise BundleError(f"{library} is not the library that {name} was built with", _AGAIN)
     return EngineRecord(directory / name, facts["runtime"], facts["runtime_version"], tuple(capabilities), len(facts["plugin_nodes"]),
-                        library)
+                        library, _weight_inputs(directory, part, facts))
+
+
+def _weight_inputs(directory: Path, part: str, facts: dict[str, Any]) -> tuple[str, ...]:
+    """Names of weights that are inputs; their places are read from the graph itself, which is checked."""
+    build = facts.get("build", {})
+    names = build.get("weight_inputs", {}) if isinstance(build, dict) else None
+    if not isinstance(names, dict):
+        raise BundleError(f"{directory / bundle.MANIFEST}: {part}.build.weight_inputs is {str(names)[:80]!r}", _AGAIN)
+    return tuple(names)

@@ -4,6 +4,9 @@ The nodes, their order and their weights are the graph's own; a piece ends where
 ``hidden_{l}`` that the decoder's graph has behind every layer. Sessions are opened when their turn comes and closed behind it, so memory
 is that of one piece, mapped weights included, whatever the number of layers. That costs the opening of every piece in every call: it is
 for checking a model once, not for serving it.
+
+In float32 the results have the bits of the whole graph. In float16 they differ by a rounding between pieces: ONNX Runtime computes most
+operators in float32, and within one session it leaves out the step through float16 that the graph has there; a piece takes it.
 """
 
 from __future__ import annotations

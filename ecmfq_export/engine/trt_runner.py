@@ -30,13 +30,15 @@ class TrtRunner:
         target: what it was built for.
         plugin_library: for an engine that does not embed it; None: the one beside the engine, where the target has it there (one
             that was compiled on the device first).
+        weights: expert weights that the engine takes as inputs, by name (:mod:`ecmfq_export.engine.expert_weights`).
         graphs: replay repeated calls as CUDA graphs: TensorRT-RTX's own, which follow changing shapes, or ours of decode steps.
 
     Raises:
         BuildError: no device, a device of another compute capability, no CUDA runtime, or TensorRT refuses the engine.
     """
 
-    def __init__(self, path: Path, target: Target, *, plugin_library: Path | None = None, graphs: bool = True) -> None:
+    def __init__(self, path: Path, target: Target, *, plugin_library: Path | None = None, graphs: bool = True,
+                 weights: Mapping[str, np.ndarray] | None = None) -> None:
         device = current_device()
         if device is None or device.compute_capability not in target.compute_capabilities:
             found = "none" if device is None else f"{device.name} with {device.compute_capability}"
@@ -48,7 +50,7 @@ class TrtRunner:
             beside = (path.with_name(name) for name in (LOCAL_LIBRARY_NAME, LIBRARY_NAME))
             plugin_library = next((library for library in beside if library.is_file()), None)
         engine = _TrtEngine(path, target, self._cuda, plugin_library, graphs)
-        self._bound = BoundEngine(engine, self._cuda, kv_cache=target.kv_cache, graphs=graphs)
+        self._bound = BoundEngine(engine, self._cuda, kv_cache=target.kv_cache, graphs=graphs, weights=weights)
 
     @property
     def input_names(self) -> list[str]:

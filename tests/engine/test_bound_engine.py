@@ -169,3 +169,35 @@ def test_output_without_its_input() -> None:
     engine.outputs = {**engine.outputs, "present_key_9": engine.outputs["present_key_0"]}
     with pytest.raises(BuildError, match="output present_key_9 and no input past_key_9"):
         BoundEngine(engine, cuda, kv_cache="in_place")
+
+
+@MODES
+def test_weights_are_bound_once(in_place: bool) -> None:
+    """An input that stays the same: on the device from the start, and nothing that a caller gives."""
+    cuda = FakeCuda()
+    engine = FakeEngine(cuda, in_place=in_place)
+    weight = np.arange(12, dtype=np.int8).reshape(3, 4)
+    engine.inputs = {**engine.inputs, "experts": (np.dtype(np.int8), (3, 4))}
+    for profile in engine.profiles:
+        profile["experts"] = ((3, 4), (3, 4))
+    mode = "in_place" if in_place else "copy"
+    bound = BoundEngine(engine, cuda, kv_cache=mode, weights={"experts": weight})
+    assert cuda.uploaded_bytes == weight.nbytes and "experts" not in bound.input_names
+    outputs = bound.run(feeds([[1.0, 2.0]], [0]))
+    address = engine.contexts[0].addresses["experts"]
+    np.testing.assert_array_equal(cuda.view(address, (3, 4), np.dtype(np.int8)), weight)
+    before = cuda.uploaded_bytes
+    for start in range(2, 5):
+        outputs = bound.run(feeds([[3.0]], [start], taken(outputs)))
+    assert engine.contexts[-1].addresses["experts"] == address
+    assert cuda.uploaded_bytes - before == 3 * (4 + 8), "a token and its place, each call"
+    for wrong in (weight.astype(np.float32), weight[:2]):
+        with pytest.raises(BuildError, match=r"takes 'experts' as int8\[3, 4\]"):
+            BoundEngine(engine, cuda, kv_cache=mode, weights={"experts": wrong})
+    with pytest.raises(BuildError, match="takes 'other'"):
+        BoundEngine(engine, cuda, kv_cache=mode, weights={"other": weight})
+
+
+def test_only_wanted_outputs_come_back() -> None:
+    bound, _, _ = opened(True)
+    assert list(bound.run(feeds([[1.0]], [0]), ["answer"])) == ["answer"]
