@@ -10,9 +10,14 @@ import ctypes
 import gc
 
 
-def give_back() -> None:
-    """Collect cycles, then let glibc return whole free pages (``malloc_trim``); nothing where the C library has no such call."""
-    gc.collect()
+def give_back(cycles: bool = True) -> None:
+    """Let glibc return whole free pages (``malloc_trim``); nothing where the C library has no such call.
+
+    Args:
+        cycles: collect objects that refer to each other first, which takes a fraction of a second in a process with many.
+    """
+    if cycles:
+        gc.collect()
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):

@@ -2,8 +2,8 @@
 
 The nodes, their order and their weights are the graph's own; a piece ends where nothing but the residual stream goes on, at the value
 ``hidden_{l}`` that the decoder's graph has behind every layer. Sessions are opened when their turn comes and closed behind it, so memory
-is that of one piece, mapped weights included, whatever the number of layers. That costs the opening of every piece in every call: it is
-for checking a model once, not for serving it.
+is that of one piece, mapped weights included, whatever the number of layers. The last one alone stays open for the next call: it has the
+output matrix, which takes seconds to open. That is for checking a model once, not for serving it.
 
 In float32 the results have the bits of the whole graph. In float16 they differ by a rounding between pieces: ONNX Runtime computes most
 operators in float32, and within one session it leaves out the step through float16 that the graph has there; a piece takes it.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 
 from ecmfq_export.engine.graph_file import load_graph, tensor_bytes
 from ecmfq_export.engine.ort_runner import OrtRunner, open_model, require_values
@@ -45,7 +46,7 @@ class Piece:
 
 
 class OrtPieces:
-    """A :class:`~ecmfq_export.engine.runner.Runner` over one ONNX file, which holds no session between calls.
+    """A :class:`~ecmfq_export.engine.runner.Runner` over one ONNX file, which holds one session of its last piece between calls.
 
     A graph whose weights fit one piece is opened once, like :class:`~ecmfq_export.engine.ort_runner.OrtRunner`'s.
 
@@ -65,7 +66,12 @@ class OrtPieces:
         self._outputs += [name for name in extra_outputs if name not in self._outputs]
         self._pieces = list(cut(model, self._outputs, piece_bytes))
         self._inputs = {value.name: _kind(value) for value in model.graph.input}
+        self._last: onnxruntime.InferenceSession | None = None
         self._whole = OrtRunner(self._path, threads=threads, extra_outputs=extra_outputs) if len(self._pieces) == 1 else None
+
+    def release(self) -> None:
+        """Close what is open between calls, where it can be opened again."""
+        self._last = None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -97,13 +103,22 @@ class OrtPieces:
         for index, piece in enumerate(self._pieces):
             later = {name for other in self._pieces[index + 1 :] for name in other.inputs}
             names = [name for name in piece.outputs if name in wanted or name in later]
-            session = open_model(piece.model.SerializeToString(), self._path, self._threads, brief=True)
-            values.update(zip(names, session.run(names, {name: values[name] for name in piece.inputs}), strict=True))
-            del session
+            found = self._session(index).run(names, {name: values[name] for name in piece.inputs})
+            # Copies: an array that a session gave out keeps the memory of all its runs.
+            values.update(zip(names, map(np.array, found), strict=True))
+            del found
             for name in [name for name in values if name not in wanted and name not in later]:
                 del values[name]
-            give_back()
+            give_back(cycles=False)
         return {name: values[name] for name in wanted}
+
+    def _session(self, index: int) -> onnxruntime.InferenceSession:
+        if index + 1 == len(self._pieces) and self._last is not None:
+            return self._last
+        session = open_model(self._pieces[index].model.SerializeToString(), self._path, self._threads, brief=True)
+        if index + 1 == len(self._pieces):
+            self._last = session
+        return session
 
 
 def cut(model: onnx.ModelProto, outputs: Sequence[str], piece_bytes: int) -> Iterator[Piece]:

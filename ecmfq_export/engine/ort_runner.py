@@ -27,8 +27,7 @@ class OrtRunner:
         threads: CPU threads inside an operator; 0: one a physical core.
         optimize: let ONNX Runtime fuse operators. Off, every operator is computed as written.
         extra_outputs: names of values inside the graph that are outputs too; the file stays as it is.
-        brief: for a session that is let go of soon: no second, packed copy of matrices, and no arena, which would live as long as
-            any array that it gave out.
+        brief: for a session of a few runs: matrices are not packed into a second copy first.
 
     Raises:
         UserError: no such file, a name that no value has, or ONNX Runtime refuses the graph; with its message.
@@ -89,7 +88,6 @@ def open_model(model: Path | bytes, path: Path, threads: int = 0, optimize: bool
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if brief:
-        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
     if isinstance(model, bytes):
         # Weights lie beside the file, where a graph that comes as bytes does not look by itself.

@@ -116,6 +116,13 @@ class DecoderSession:
         """Memory that the graphs hold on a device of their own; 0 on the CPU."""
         return self._decoder.device_bytes + (self._vision.device_bytes if self._vision is not None else 0)
 
+    def release(self) -> None:
+        """Let go of the vision graph, and of what the decoder's runner can open again."""
+        self.release_vision()
+        close = getattr(self._decoder, "release", None)
+        if close is not None:
+            close()
+
     def release_vision(self) -> None:
         """Let go of the vision graph, which ONNX Runtime holds in float32; features of the last images are kept, and it is opened again
         when it is needed."""

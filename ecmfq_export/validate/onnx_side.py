@@ -71,6 +71,8 @@ def _in_batches(session: DecoderSession, samples: Sequence[ProcessedSample], run
             give_back()
         run(rows)
         done += len(rows)
+    session.release()  # PyTorch's turn comes
+    give_back()
 
 
 def open_session(onnx_dir: Path, threads: int = 0, taps: Sequence[str] = ()) -> DecoderSession:
