@@ -4,7 +4,8 @@
     python benchmarks/sizes/edge_llm.py --python edge/bin/python --layers 4 8 16 --small --work /tmp/sizes --out RESULTS.json
 
 It has no Qwen3-VL-MoE, so it is given the same decoder as a text model, and exports it in 16 bits: no calibration, no quantization, no
-engine (its builder is compiled by the user) and no validation are in its figures. Rows are added to the file under ``edge_llm``.
+engine (its builder is compiled by the user) and no validation are in its figures. It holds about twice the checkpoint: where the machine
+has less, the kernel or Python ends it, and the row says so (``ended``). Rows are added to the file under ``edge_llm``.
 """
 
 from __future__ import annotations
@@ -79,6 +80,19 @@ def write_text_checkpoint(directory: Path, layers: int, small: bool) -> Path:
     return directory
 
 
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def how_it_ended(returncode: int, log: str) -> str:
+    """``finished``, ``out of memory`` (killed by the kernel, or an allocation that failed), or ``error``."""
+    if returncode == 0:
+        return "finished"
+    signs = ("MemoryError", "Cannot allocate memory", "not enough memory", "std::bad_alloc", "DefaultCPUAllocator")
+    return "out of memory" if returncode == -9 or any(sign in log for sign in signs) else "error"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, required=True, help="of an environment with tensorrt-edgellm[export]")
@@ -98,14 +112,19 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         command = [str(args.python), "-m", "tensorrt_edgellm.scripts.export", str(model), str(out)]
         cost = run_measured(command, args.work / f"edge{layers}.log", None, dict(os.environ))
+        log = (args.work / f"edge{layers}.log").read_text(errors="replace")
         row = {"layers": layers, "shapes": "small" if args.small else "Qwen3-VL-30B-A3B", "version": version,
-               "returncode": cost.returncode, "checkpoint_bytes": sum(f.stat().st_size for f in model.iterdir()), **cost.as_dict()}
+               "returncode": cost.returncode, "ended": how_it_ended(cost.returncode, log), "memory_of_the_machine": memory_bytes(),
+               "checkpoint_bytes": sum(f.stat().st_size for f in model.iterdir()), **cost.as_dict()}
         data = json.loads(args.out.read_text()) if args.out.is_file() else {"machine": machine(), "runs": []}
         data.setdefault("edge_llm", []).append(row)
         args.out.write_text(json.dumps(data, indent=1) + "\n")
         print(json.dumps(row), flush=True)
         shutil.rmtree(model)
         shutil.rmtree(out, ignore_errors=True)
+        if row["ended"] == "out of memory":
+            print(f"{layers} layers did not fit; deeper ones are not tried", file=sys.stderr)
+            break
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "sizes"))
 
 import checkpoint  # noqa: E402
+import edge_llm  # noqa: E402
+import fit  # noqa: E402
+import limits  # noqa: E402
 from measure import run_measured, running_stage  # noqa: E402
 
 from ecmfq_export.models.moe_vlm import open_model  # noqa: E402
@@ -83,3 +86,36 @@ def test_stages_are_told_by_their_working_directories(tmp_path: Path) -> None:
     assert running_stage(tmp_path) == "between stages" and running_stage(None) == "run"
     (tmp_path / "engines" / ".rtx.partial").mkdir(parents=True)
     assert running_stage(tmp_path) == "build engines"
+
+
+def _run(layers: int, seconds: float, peak: float, **more: object) -> dict:
+    cost = {"cpu_seconds": seconds, "seconds": 2 * seconds, "peak_bytes": peak, "anonymous_bytes": peak / 2}
+    return {"layers": layers, "returncode": 0, "whole": cost, "stages": {"quantize": cost}, **more}
+
+
+def test_lines_through_depths() -> None:
+    """Exact on a straight line, last run of a depth first, unfinished ones left out."""
+    runs = [_run(4, 1.0, 9e9), _run(4, 50 + 4 * 10, 4e9), _run(16, 50 + 16 * 10, 4.2e9), _run(8, 50 + 8 * 10, 4.1e9),
+            _run(32, 1.0, 1e9, finished=False)]
+    summary = fit.summarize(runs)
+    cpu = summary["whole"]["cpu_seconds"]
+    assert summary["layers"] == [4, 8, 16] and (cpu["a"], cpu["b"], cpu["at_48"]) == (50, 10, 530) and cpu["largest_residual"] == 0
+    assert summary["stages"]["quantize"]["seconds"]["at_48"] == 1060
+    assert summary["whole"]["peak_bytes"] == {"values": [4e9, 4.1e9, 4.2e9], "spread": 0.05, "bytes_a_layer": pytest.approx(16071429)}
+    assert "50 + 10.0 L" in fit.table(summary) and "5.0%" in fit.table(summary)
+    assert fit.summarize(runs[:2]) is None
+    bent = fit.line([1, 2, 3], [1.0, 2.0, 4.0])
+    assert bent["residuals"] == [pytest.approx(0.167, abs=1e-3), pytest.approx(-0.333, abs=1e-3), pytest.approx(0.167, abs=1e-3)]
+
+
+def test_out_of_memory_is_called_that() -> None:
+    assert [edge_llm.how_it_ended(*case) for case in ((0, ""), (-9, ""), (1, "DefaultCPUAllocator: can't allocate"), (1, "KeyError"))] \
+        == ["finished", "out of memory", "out of memory", "error"]
+
+
+def test_sizes_are_read() -> None:
+    assert [limits.parse_size(text) for text in ("512", "8G", "6500M")] == [512, 8 << 30, 6500 << 20]
+    with pytest.raises(SystemExit, match="no size"):
+        limits.parse_size("8 GB")
+    with limits.limited(["true"], None) as (command, facts):
+        assert command == ["true"] and facts == {}
