@@ -93,6 +93,7 @@ def test_what_kernels_do_not_do_is_refused_before_any_work(tied, tmp_path):
 def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypatch):
     """Which engine is opened for which graph; ONNX Runtime computes in the engines' place, since this machine has no GPU."""
     from ecmfq_export.engine import device, trt_module, trt_runner
+    from ecmfq_export.engine.graph_file import load_graph
     from ecmfq_export.engine.ort_runner import OrtRunner
     from ecmfq_export.engine.plugin_library import ABI_VERSION
 
@@ -102,6 +103,8 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
     export_onnx(quantized, root / "onnx", target, ExportConfig(max_seq_len=64), Silent())
     prompt = "What is this?"
     plain = workflow.open_generator(root).generate(prompt, max_new_tokens=4)
+    packed = [tensor.name for tensor in load_graph(root / "onnx" / "decoder" / "model.onnx").graph.initializer
+              if tensor.name.endswith(".qweight") and tensor.external_data]
     with pytest.raises(BundleError, match=r"no engine at .*rtx/decoder\.engine\n.*build"):
         workflow.open_generator(root, target=target)
     for graphs in ("of another model", bundle.fingerprint(root / "onnx")):
@@ -110,7 +113,8 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
             for part in ("decoder", "vision"):
                 (work / f"{part}.engine").write_text(part)
                 info[part] = {"runtime": "tensorrt_rtx", "runtime_version": "1.7.1.116", "compute_capabilities": [86, 89, 120],
-                              "plugin_nodes": [], "plugin_library_sha256": "", "sha256": bundle.sha256_file(work / f"{part}.engine")}
+                              "plugin_nodes": [], "plugin_library_sha256": "", "sha256": bundle.sha256_file(work / f"{part}.engine"),
+                              "build": {"weight_inputs": dict.fromkeys(packed, {})} if part == "decoder" else {}}
         if graphs == "of another model":
             with pytest.raises(BundleError, match="built from other graphs"):
                 workflow.open_generator(root, target=target)
@@ -118,8 +122,9 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
     class InPlace(OrtRunner):
         device_bytes = 5
 
-        def __init__(self, path, for_target):
+        def __init__(self, path, for_target, weights):
             opened.append((path.read_text(), for_target.name))
+            assert sorted(weights) == sorted(packed) and {array.dtype.name for array in weights.values()} == {"int8"}
             super().__init__(root / "onnx" / path.stem / "model.ref.onnx")
 
     monkeypatch.setattr(trt_runner, "TrtRunner", InPlace)
@@ -128,7 +133,7 @@ def test_engines_answer_behind_the_same_interface(quantized, tmp_path, monkeypat
     monkeypatch.setattr(device, "current_device", lambda: device.Device("L4", 89, 58, 24 << 30, "13.0"))
     generator = workflow.open_generator(root, target=target)
     assert generator.generate(prompt, max_new_tokens=4) == plain
-    assert opened == [("decoder", "rtx")] and generator.session.device_bytes == 5
+    assert packed and opened == [("decoder", "rtx")] and generator.session.device_bytes == 5
     (root / "engines" / "rtx" / "vision.engine").write_text("changed")
     with pytest.raises(BundleError, match="sha256"):
         workflow.open_generator(root, target=target)

@@ -13,6 +13,7 @@ import torch
 
 from ecmfq_export.config import ExportConfig
 from ecmfq_export.engine.bound_engine import BoundEngine
+from ecmfq_export.engine.expert_weights import mapped_weights, weights_as_inputs
 from ecmfq_export.engine.memory import memory_needs
 from ecmfq_export.engine.ort_runner import OrtRunner
 from ecmfq_export.engine.profiles import profile_shapes
@@ -135,6 +136,26 @@ def test_session_over_an_engine_s_buffers(exported, form: Form) -> None:
     got = conversation(exported[form], lambda path: bound)
     np.testing.assert_array_equal(got, conversation(exported[form], lambda path: OrtRunner(path, threads=1)))
     assert cuda.allocations == allocated and bound.calls["replayed"] == 2 * (STEPS - (1 if form[1] == "in_place" else 2))
+
+
+def test_session_over_an_engine_that_takes_expert_weights(exported) -> None:
+    """The same two conversations where the graph has the experts' weights as inputs, filled once from the bundle's file."""
+    form = next(form for form in FORMS if form[1] == "in_place")
+    reference = exported[form] / "decoder" / "model.ref.onnx"
+    model, names = weights_as_inputs(reference)
+    outside = reference.with_name("inputs.onnx")
+    outside.write_bytes(model.SerializeToString())
+    try:
+        cuda = FakeCuda()
+        engine = GraphEngine(outside, cuda, {"batch": (1, 1, 2), "seq": (1, 8, CONFIG.max_seq_len)}, in_place=True)
+    finally:
+        outside.unlink()
+    assert len(names) == 4 and set(names) <= set(engine.inputs)
+    weights = mapped_weights(reference, names)
+    bound = BoundEngine(engine, cuda, kv_cache=form[1], weights=weights)
+    assert cuda.uploaded_bytes == sum(array.nbytes for array in weights.values()) > 0
+    got = conversation(exported[form], lambda path: bound)
+    np.testing.assert_array_equal(got, conversation(exported[form], lambda path: OrtRunner(path, threads=1)))
 
 
 def test_forms_agree_with_each_other(exported, models) -> None:
