@@ -7,10 +7,12 @@ Operations of one expert with a weight [N, K] and n tokens (a multiply-add is tw
     columns        N K^2        each column's error goes to the columns after it: half of a full product
     memory         each weight read and each integer written once, each Hessian written and read once
 
-Two floors. ``arithmetic`` takes all three at the best rate that any matrix product reached. ``library`` takes each at the rate
-that the product of its own shape reached, and the Hessian in full, since no library call that PyTorch has computes half of it;
-to this it adds the memory traffic, and the rounding itself: 4 passes (a multiply-add, round, clamp, subtract) over each weight, in cache.
-The search for scales, which the peers do not do, is apart: 8 clips, 5 passes each.
+Three floors. ``arithmetic`` takes the first three at the best rate that any matrix product reached. ``library`` takes each at the
+rate that the product of its own shape reached, and the Hessian in full, since no library call that PyTorch has computes half of it;
+to this it adds the memory traffic, and the rounding itself, 4 operations a weight. Both are those of any GPTQ. ``FAQ`` adds what FAQ
+computes beside it: the layer's Hessian (all tokens, full product), the search of scales (8 clips, 5 operations a weight), and the
+first 128 rows of each expert's factor times what rounding to nearest misses (no row may be worse than that). Single operations on
+weights count as a multiply-add each, at the rate of the best product: nothing that runs on vectors is faster.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import Meter
 from problem import EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP_K
 
+BLOCK = 128
 SHAPES = {"gate_up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
 
 
@@ -66,25 +69,17 @@ def measure() -> dict[str, float]:
     source = torch.randn(1 << 26)
     target = torch.empty_like(source)
     rates["memory"] = 8 * source.numel() / best(lambda: target.copy_(source))
-    # Large enough to be shared out among threads, small enough for their caches.
-    value, other, out = torch.randn(1 << 16), torch.randn(1 << 16), torch.empty(1 << 16)
-
-    def passes() -> None:
-        for _ in range(20):
-            out.addcmul_(value, other)
-            torch.round(value, out=out).clamp_(-7, 7)
-            out.sub_(other)
-
-    rates["passes"] = 80 * value.numel() / best(passes)
     return rates
 
 
 def floors(rates: dict[str, float], experts: int) -> dict[str, object]:
     """Operations and seconds of the layer by part, and the sums."""
     pairs = TOKENS * TOP_K // EXPERTS
+    top = max(rate for name, rate in rates.items() if name.split()[0] in ("square", "hessian", "columns", "factorization"))
     operations = {"hessian": 0.0, "factorization": 0.0, "columns": 0.0}
-    library = {"hessian": 0.0, "factorization": 0.0, "columns": 0.0, "memory": 0.0, "rounding passes": 0.0}
-    scales = 0.0
+    library = {"hessian": 0.0, "factorization": 0.0, "columns": 0.0, "memory": 0.0, "rounding": 0.0}
+    faq = {"layer's Hessian": 2 * TOKENS * experts / EXPERTS * HIDDEN**2 / rates["square product"], "search of scales": 0.0,
+           "check against nearest": 0.0}
     for name, (rows, columns) in SHAPES.items():
         for part, count, factor in (("hessian", pairs * columns**2, 2), ("factorization", columns**3 / 3, 1),
                                     ("columns", rows * columns**2, 1)):
@@ -92,12 +87,13 @@ def floors(rates: dict[str, float], experts: int) -> dict[str, object]:
             library[part] += experts * factor * count / rates[f"{part} {name}"]
         weights = experts * rows * columns
         library["memory"] += (5 * weights + 8 * experts * columns**2) / rates["memory"]
-        library["rounding passes"] += 4 * weights / rates["passes"]
-        scales += 8 * 5 * weights / rates["passes"]
-    top = max(rate for name, rate in rates.items() if name.split()[0] in ("square", "hessian", "columns", "factorization"))
+        library["rounding"] += 2 * 4 * weights / top
+        faq["search of scales"] += 2 * 8 * 5 * weights / top
+        faq["check against nearest"] += 2 * BLOCK * weights / rates[f"columns {name}"]
     arithmetic = sum(operations.values()) / top
     return {"operations": operations, "best rate": top, "arithmetic seconds": arithmetic, "library seconds by part": library,
-            "library seconds": sum(library.values()), "scale search seconds": scales}
+            "library seconds": sum(library.values()), "FAQ seconds by part": faq,
+            "FAQ seconds": sum(library.values()) + sum(faq.values())}
 
 
 @torch.no_grad()
