@@ -99,14 +99,19 @@ class OrtPieces:
         if self._whole is not None:
             return self._whole.run(feeds, wanted)
         check_feeds(feeds, self._inputs)
-        values = dict(feeds)
-        for index, piece in enumerate(self._pieces):
-            later = {name for other in self._pieces[index + 1 :] for name in other.inputs}
-            names = [name for name in piece.outputs if name in wanted or name in later]
-            found = self._session(index).run(names, {name: values[name] for name in piece.inputs})
+        values, needed = dict(feeds), set(wanted)
+        plan: list[tuple[int, list[str]]] = []  # pieces that give anything of use, and what
+        for index in reversed(range(len(self._pieces))):
+            names = [name for name in self._pieces[index].outputs if name in needed]
+            if names:  # an empty list would ask a session for everything
+                plan.insert(0, (index, names))
+                needed.update(self._pieces[index].inputs)
+        for step, (index, names) in enumerate(plan):
+            found = self._session(index).run(names, {name: values[name] for name in self._pieces[index].inputs})
             # Copies: an array that a session gave out keeps the memory of all its runs.
             values.update(zip(names, map(np.array, found), strict=True))
             del found
+            later = {name for other, _ in plan[step + 1 :] for name in self._pieces[other].inputs}
             for name in [name for name in values if name not in wanted and name not in later]:
                 del values[name]
             give_back(cycles=False)

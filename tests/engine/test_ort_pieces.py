@@ -90,6 +90,10 @@ def test_inner_values_and_some_outputs(exported) -> None:
         if size == 1:
             for name, array in found.items():
                 np.testing.assert_array_equal(array, expected[name])
+        # Pieces that give nothing of what is wanted are not run.
+        first = pieces.run(feeds, ["hidden_0"])
+        assert list(first) == ["hidden_0"]
+        np.testing.assert_array_equal(first["hidden_0"], found["hidden_0"])
         with pytest.raises(UserError, match="inputs missing: inputs_embeds"):
             pieces.run({name: array for name, array in feeds.items() if name != "inputs_embeds"})
     with pytest.raises(UnsupportedError, match="no value hidden_99"):
