@@ -89,6 +89,18 @@ def test_qwen3_omni_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None
     assert list(parts) == ["thinker.audio_tower.*", "code2wav.*"] and parts["code2wav.*"].startswith("speech output: 3 tensors")
 
 
+def test_a_talker_is_a_part_that_is_not_run(monkeypatch, tmp_path: Path) -> None:
+    """Whatever it is made of; anything beside the parts that are known belongs nowhere."""
+    tensors = published("Qwen3-Omni-30B-A3B-Instruct")
+    talker = {"talker.model.codec_embedding.weight": (3072, 1024), "talker.model.layers.0.mlp.experts.0.gate_proj.weight": (384, 1024),
+              "talker.code_predictor.lm_head.0.weight": (2048, 1024), "talker.text_projection.linear_fc1.bias": (2048,)}
+    model = open_published(monkeypatch, tmp_path, "Qwen3-Omni-30B-A3B-Instruct", tensors | talker)
+    assert list(model.unused_parts()) == ["thinker.audio_tower.*", "talker.*", "code2wav.*"]
+    assert model.unused_parts()["talker.*"].startswith("speech output: 4 tensors")
+    with pytest.raises(CheckpointError, match="1 tensors that no part of the model takes: speaker.weight"):
+        open_published(monkeypatch, tmp_path, "Qwen3-Omni-30B-A3B-Instruct", tensors | {"speaker.weight": (1,)})
+
+
 def test_glm_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
     model = open_published(monkeypatch, tmp_path, "GLM-4.5V", published("GLM-4.5V"))
     spec, mlp, attention = model.spec, model.spec.layers[45].mlp, model.spec.layers[0].attention
