@@ -15,6 +15,7 @@ from tests.tiny_aria import aria_config, aria_feeds, aria_sample, build_aria, ma
 from tests.tiny_ernie import build_ernie, ernie_config, ernie_sample, ernie_types, make_ernie
 from tests.tiny_glm import TOKENS as GLM_TOKENS
 from tests.tiny_glm import build_glm, glm_config, glm_sample, make_glm
+from tests.tiny_internvl import build_internvl, internvl_config, internvl_feeds, internvl_sample, make_internvl
 from tests.tiny_models import random_sample
 from tests.tiny_omni import build_omni, make_qwen3_omni, make_qwen3_omni_thinker, omni_config
 
@@ -31,6 +32,7 @@ class TinyFamily:
         variants: overrides under which its numbers are compared.
         routers: ends of names of submodules of a layer of transformers' model that give (logits, weights, ids), one for each type of
             tokens that has experts of its own.
+        grids: of four images that the tower takes in one call.
     """
 
     make: Callable[..., Path]
@@ -39,6 +41,7 @@ class TinyFamily:
     feeds: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = field(default=lambda feeds: {})
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"plain": {}})
     routers: tuple[str, ...] = ("mlp.gate",)
+    grids: tuple[tuple[int, int, int], ...] = ((1, 4, 6), (1, 8, 2), (1, 4, 4), (1, 2, 2))
 
 
 def reference_feeds(family: TinyFamily, samples: Sequence[ProcessedSample]) -> dict[str, torch.Tensor]:
@@ -116,11 +119,24 @@ _ARIA_VARIANTS = {
     "one shared expert, top-4, a larger table": {"moe_num_shared_experts": 1, "moe_topk": 4, "vision": {"image_size": 560}},
 }  # fmt: skip
 
+def _internvl(seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    return build_internvl(internvl_config(**overrides), seed)
+
+
+_INTERNVL_VARIANTS = {
+    "plain": {},
+    "no renormalization, biases, a dense layer": {"norm_topk_prob": False, "attention_bias": True, "mlp_only_layers": [0]},
+    "InternViT-6B's form, tied": {"tie_word_embeddings": True, "vision": {
+        "norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "use_mean_pooling": False}},
+}  # fmt: skip
+
 FAMILIES = {
     "qwen3_omni_moe": TinyFamily(make_qwen3_omni, _omni, variants=_OMNI_VARIANTS),
     "qwen3_omni_moe_thinker": TinyFamily(make_qwen3_omni_thinker, _omni),
     "ernie4_5_vl_moe": TinyFamily(make_ernie, _ernie, ernie_sample, ernie_types, _ERNIE_VARIANTS, ("text_moe.gate", "vision_moe.gate")),
     "aria": TinyFamily(make_aria, _aria, aria_sample, aria_feeds, _ARIA_VARIANTS, ("mlp.router",)),
+    "internvl": TinyFamily(make_internvl, _internvl, internvl_sample, internvl_feeds, _INTERNVL_VARIANTS,
+                           grids=((1, 4, 4), (2, 4, 4), (1, 4, 4), (1, 4, 4))),
     "glm4v_moe": TinyFamily(make_glm, _glm, glm_sample, _token_types(GLM_TOKENS["<|image|>"]), _GLM_VARIANTS),
 }
 """By ``model_type``."""

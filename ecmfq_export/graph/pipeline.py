@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ecmfq_export.graph.passes.weight_only_linears import WeightOnlyLinearsPass
 from ecmfq_export.graph.runtime_json import FILE, PROCESSOR_FILES, eos_token_ids, runtime_facts
 from ecmfq_export.graph.weights import externalize, save_embeddings
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
-from ecmfq_export.models.spec import MoESpec
+from ecmfq_export.models.spec import MoESpec, VisionSpec
 from ecmfq_export.progress import Progress
 from ecmfq_export.target import Limits, Target
 
@@ -142,8 +142,8 @@ def resolve_sizes(model: MoEVLM, target: Target | None, config: ExportConfig) ->
     unit = model.spec.vision.spatial_merge_size**2
     if config.max_image_patches < unit:
         raise UserError(f"max_image_patches = {config.max_image_patches} is less than one merged patch", f"use {unit} or more")
-    # Images that fill a canvas cannot be made smaller.
-    canvas = max((patches for patches, _ in model.spec.vision.queries), default=0)
+    # Images that fill a canvas cannot be made smaller, nor can tiles.
+    canvas = max((patches for patches, _ in model.spec.vision.queries), default=_tile(model.spec.vision))
     return Sizes(
         config.max_seq_len or min(longest, limits.max_seq_len),
         config.max_batch or limits.max_batch,
@@ -247,20 +247,34 @@ class _Export:
             eos_token_ids=eos_token_ids(self.model.path, self.model.config), **sizes,
         )  # fmt: skip
         bundle.write_json(self.work / FILE, facts)
-        self.info |= {"dim_ranges": dim_ranges(self.sizes, spec.vision.spatial_merge_size, spec.vision.queries), "dtype": self.dtype}
+        self.info |= {"dim_ranges": vision_ranges(self.sizes, spec.vision), "dtype": self.dtype}
         self.info["moe_layers"] = [layer.index for layer in spec.layers if isinstance(layer.mlp, MoESpec)]
 
 
-def dim_ranges(sizes: Sizes, spatial_merge_size: int, queries: Sequence[tuple[int, int]] = ()) -> dict[str, list[int]]:
-    """Smallest, usual and largest value of each symbolic dimension of the graphs' inputs, for engine profiles; `queries` as
-    models.spec.VisionSpec has them, of one image."""
-    unit, counts = spatial_merge_size**2, [count for _, count in queries]
+def _tile(vision: VisionSpec) -> int:
+    """Patches of a tile; 0 where images are not cut into some."""
+    return vision.num_position_embeddings if vision.class_token else 0
+
+
+def vision_ranges(sizes: Sizes, vision: VisionSpec) -> dict[str, list[int]]:
+    """:func:`dim_ranges` of a model with this tower."""
+    ranges, counts = dim_ranges(sizes, vision.spatial_merge_size), [count for _, count in vision.queries]
+    if counts:  # of one image
+        ranges["num_queries"] = [min(counts), max(counts), max(counts)]
+    if vision.class_token:
+        most = sizes.max_image_patches // _tile(vision)
+        ranges["num_frames"] = [1, max(1, ranges["num_patches"][1] // _tile(vision)), most]
+    return ranges
+
+
+def dim_ranges(sizes: Sizes, spatial_merge_size: int) -> dict[str, list[int]]:
+    """Smallest, usual and largest value of each symbolic dimension of the graphs' inputs, for engine profiles."""
+    unit = spatial_merge_size**2
     usual_patches = min(1024 // unit * unit or unit, sizes.max_image_patches)
     return {
         "batch": [1, 1, sizes.max_batch],
         "seq": [1, min(256, sizes.max_seq_len), sizes.max_seq_len],
         "num_patches": [unit, usual_patches, sizes.max_image_patches],
-        **({"num_queries": [min(counts), max(counts), max(counts)]} if counts else {}),
     }
 
 

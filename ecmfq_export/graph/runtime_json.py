@@ -69,6 +69,7 @@ def runtime_facts(
             "spatial_merge_size": vision.spatial_merge_size, "num_position_embeddings": vision.num_position_embeddings,
             "out_hidden_size": vision.out_hidden_size, "position_interpolation": vision.position_interpolation,
             "patch_order": vision.patch_order, "queries": [list(pair) for pair in vision.queries],
+            "class_token": vision.class_token,
         },
         "image_token_id": spec.image_token_id,
         "video_token_id": spec.video_token_id,

@@ -7,8 +7,8 @@ inside a frame with an additive mask, so that images of different sizes go throu
 Outputs: ``image_features`` [num_merged, hidden], then ``deepstack_{i}`` [num_merged, hidden]; [num_queries, hidden] where learned
 queries read the patches.
 
-Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, ERNIE-4.5-VL's, MoonViT with its projector (Kimi), and
-Idefics3's with a projector of learned queries (Aria).
+Kinds of towers are known by the parts they are made of: Qwen3-VL's, GLM-4.1V's, ERNIE-4.5-VL's, MoonViT with its projector (Kimi),
+Idefics3's with a projector of learned queries (Aria), and InternViT with its projector.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from ecmfq_export.models.spec import VisionSpec
 
 MASKED = -30000.0
 """As runtime.host_inputs.MASKED: exact in float16, and no score added to it reaches -inf."""
+
+_OWN_DIMS = {"query_indices": "num_queries", "query_segments": "num_queries", "frame_ids": "num_frames"}
+"""Inputs that do not have a row for each patch."""
 
 TORCH_DTYPES = {ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 
@@ -206,6 +209,35 @@ class HostedAriaTower(HostedTower):
         return (projector.feed_forward(projector.layer_norm(cross.linear(inner.out_proj(out)))),)
 
 
+class HostedInternVit(HostedTower):
+    """InternViT and its projector, as models/intern_vision.py puts them together, over tiles with a class token each."""
+
+    PARTS = ("vision_tower.embeddings.cls_token", "vision_tower.encoder.layer", "multi_modal_projector.layer_norm",
+             "multi_modal_projector.linear_2")  # fmt: skip
+
+    def forward(
+        self, patches: torch.Tensor, interp_indices: torch.Tensor, interp_weights: torch.Tensor, segment_ids: torch.Tensor,
+        frame_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Features of merged patches; see the module's docstring."""
+        tower, merge = self.tower.vision_tower, self.tower.merge_size
+        table = tower.embeddings.position_embeddings[0]
+        hidden = _embed_patches(tower.embeddings.patch_embeddings.projection, patches)
+        hidden = hidden + (functional.embedding(interp_indices, table[1:]) * interp_weights[:, :, None]).sum(1)
+        first = tower.embeddings.cls_token[0] + table[:1]
+        hidden = torch.cat((hidden, functional.embedding(torch.zeros_like(frame_ids), first)))
+        frames = torch.cat((segment_ids, frame_ids))
+        mask = _same_segment(frames, frames, hidden.dtype)
+        for block in tower.encoder.layer:
+            attn, x = block.attention, block.layernorm_before(hidden)
+            out = _attend(attn.num_heads, attn.q_norm(attn.q_proj(x)), attn.k_norm(attn.k_proj(x)), attn.v_proj(x), mask)
+            hidden = hidden + block.lambda_1 * attn.projection_layer(out)
+            hidden = hidden + block.lambda_2 * block.mlp(block.layernorm_after(hidden))
+        # Merged patches are neighbours, row by row as the pixel shuffle has them.
+        merged = tower.layernorm(hidden[: patches.shape[0]]).unflatten(0, (-1, merge**2)).flatten(1)
+        return (self.tower.multi_modal_projector(merged),)
+
+
 def hosted_tower(tower: nn.Module) -> HostedTower:
     """`tower` with a forward that can be traced.
 
@@ -213,13 +245,13 @@ def hosted_tower(tower: nn.Module) -> HostedTower:
         UnsupportedError: a tower made of other parts.
     """
     missing: list[str] = []
-    for kind in (HostedQwenTower, HostedGlmTower, HostedErnieTower, HostedMoonVit, HostedAriaTower):
+    for kind in (HostedQwenTower, HostedGlmTower, HostedErnieTower, HostedMoonVit, HostedAriaTower, HostedInternVit):
         lacking = [part for part in kind.PARTS if not _has(tower, part)]
         if not lacking:
             return kind(tower)
         missing.append(f"{kind.__name__}: no {', '.join(lacking)}")
     raise UnsupportedError(f"vision tower {type(tower).__name__} is of no known kind ({'; '.join(missing)})",
-                           "only towers of the Qwen3-VL, GLM-4.1V, ERNIE-4.5-VL, MoonViT and Aria forms can be exported")
+                           "only towers of the Qwen3-VL, GLM-4.1V, ERNIE-4.5-VL, MoonViT, Aria and InternViT forms can be exported")
 
 
 def _has(module: nn.Module, dotted: str) -> bool:
@@ -265,7 +297,7 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
     for name, weight in tower.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"vision.{name} holds values beyond {dtype.name}", "export with dtype float32")
-    if not spec.queries:
+    if not (spec.queries or spec.class_token):
         # inv_freq must stay float32: angles of float16 frequencies are off by whole radians.
         rotary = module.rotary
         rotary.inv_freq = rotary.compute_axial_rope_parameters(rotary.config)[0]
@@ -279,11 +311,13 @@ def trace_vision(tower: nn.Module, spec: VisionSpec, dtype: ir.DataType) -> ir.M
         "segment_ids": torch.zeros(count, dtype=index),
         "query_indices": torch.zeros(5, dtype=index),
         "query_segments": torch.zeros(5, dtype=index),
+        "frame_ids": torch.zeros(3, dtype=index),
     }
     taken = inspect.signature(module.forward).parameters
     example = {name: value for name, value in example.items() if name in taken}
     merged = torch.export.Dim("num_merged", min=1)
-    dims = {name: {0: torch.export.Dim("num_queries", min=1) if name.startswith("query_") else merge * merge * merged} for name in example}
+    own = {name: torch.export.Dim(name, min=1) for name in set(_OWN_DIMS.values())}
+    dims = {name: {0: own[_OWN_DIMS[name]] if name in _OWN_DIMS else merge * merge * merged} for name in example}
     outputs = ["image_features", *(f"deepstack_{i}" for i in range(len(spec.deepstack_layers)))]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -299,7 +333,7 @@ def _tidy(model: ir.Model, spec: VisionSpec) -> ir.Model:
     """Name dimensions and weights, and drop the tracer's notes (they hold source paths of the machine that traced)."""
     clear_metadata_and_docstring.ClearMetadataAndDocStringPass()(model)
     for value in model.graph.inputs:
-        value.shape = ir.Shape(["num_queries" if value.name.startswith("query_") else "num_patches", *value.shape[1:]])
+        value.shape = ir.Shape([_OWN_DIMS.get(value.name, "num_patches"), *value.shape[1:]])
     for value in model.graph.outputs:
         value.shape = ir.Shape(["num_queries" if spec.queries else "num_merged", spec.out_hidden_size])
     inner = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]

@@ -93,7 +93,7 @@ def read_model(
     """
     hidden_size = text.whole("hidden_size")
     vision = _read_vision(vision_section, hidden_size)
-    layers = _read_layers(text, hidden_size, renormalize)
+    layers = read_layers(text, hidden_size, renormalize)
     spec = ModelSpec(
         family=family,
         hidden_size=hidden_size,
@@ -124,7 +124,8 @@ def _transformers_config(config: dict[str, Any]) -> Any:
     return built(Qwen3VLMoeConfig, config)
 
 
-def _read_layers(text: ConfigFields, hidden_size: int, renormalize: bool) -> tuple[DecoderLayerSpec, ...]:
+def read_layers(text: ConfigFields, hidden_size: int, renormalize: bool) -> tuple[DecoderLayerSpec, ...]:
+    """The layers of a Qwen3-MoE decoder; arguments and errors as :func:`read_model`."""
     text.expect("hidden_act", "silu", why="experts and kernels are gated by SiLU")
     text.expect("sliding_window", None, why="attention is over the whole context")
     text.expect("use_sliding_window", False, None, why="attention is over the whole context")

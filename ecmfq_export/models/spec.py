@@ -242,6 +242,8 @@ class VisionSpec:
         patch_order: of the processor's patches: ``merge_block`` (those that are merged are adjacent) or ``raster``.
         queries: where image tokens come from learned queries instead of merged patches (Aria): pairs of the patches of a square canvas,
             whose side is an image's longer one, and how many queries read it. Such towers have no rotary embedding.
+        class_token: whether each frame has a token beside its patches that they attend to and it to them, and that is dropped in the end
+            (InternVL). Such towers have no rotary embedding, and frames are tiles of one size.
     """
 
     hidden_size: int
@@ -257,6 +259,7 @@ class VisionSpec:
     position_interpolation: Literal["bilinear", "bicubic", "bucket", "none"] = "bilinear"
     patch_order: Literal["merge_block", "raster"] = "merge_block"
     queries: tuple[tuple[int, int], ...] = ()
+    class_token: bool = False
 
     @property
     def patch_features(self) -> int:

@@ -8,20 +8,16 @@ from typing import Any
 import numpy as np
 
 from ecmfq_export.errors import CheckpointError, UnsupportedError
-from ecmfq_export.json_file import read_json
 from ecmfq_export.runtime.host_inputs import image_tokens
 from ecmfq_export.runtime.images import ImageInput, load_rgb
+from ecmfq_export.runtime.vision_facts import read_vision_facts
 
 _CANVASES = (490, 980)
-_DEFAULT_QUERIES = {"1225": 128, "4900": 256}
+_DEFAULT_QUERIES = ((1225, 128), (4900, 256))
 
 
 class AriaPreprocessor:
-    """transformers' own processor, on PIL; patches in raster order.
-
-    The size of a patch and the tokens of a canvas are the model's: they are in ``runtime.json`` of an exported directory, or in
-    ``config.json``.
-    """
+    """transformers' own processor, on PIL; patches in raster order."""
 
     KINDS = tuple(f"AriaImageProcessor{form}" for form in ("", "Fast", "Pil")) + ("AriaVisionProcessor",)
     SETTINGS = (
@@ -32,6 +28,7 @@ class AriaPreprocessor:
 
     image_token = "<|img|>"
     reserved_tokens = ("<|img|>",)
+    around = ()
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
         fixed = {"split_image": False, "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
@@ -50,7 +47,8 @@ class AriaPreprocessor:
                 key == "image_std" and min(value) <= 0
             ):
                 raise CheckpointError(f"{path}: {key} = {str(value)[:100]}", "expected three numbers, of image_std positive ones")
-        self._patch, self._queries = _model_facts(path.parent)
+        facts = read_vision_facts(path.parent)
+        self._patch, self._queries = facts.patch_size, facts.queries or _DEFAULT_QUERIES
         if self._canvas % self._patch:
             raise CheckpointError(f"{path}: max_image_size = {self._canvas} in patches of {self._patch}", "patches must fill the canvas")
         side = self._canvas // self._patch
@@ -74,23 +72,3 @@ class AriaPreprocessor:
     def num_tokens(self, grid: np.ndarray) -> int:
         """As many as queries read the canvas of an image of this grid [3]."""
         return image_tokens(grid, 1, self._queries)
-
-
-def _model_facts(directory: Path) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Pixels along a patch's side, and (patches of a canvas, queries) as models.spec.VisionSpec has them."""
-    for file, section in (("runtime.json", "vision"), ("config.json", "vision_config")):
-        path = directory / file
-        if not path.is_file():
-            continue
-        try:
-            facts = read_json(path)
-            patch = facts[section]["patch_size"]
-            pairs = facts[section].get("queries") if section == "vision" else (
-                facts.get("projector_patch_to_query_dict") or _DEFAULT_QUERIES).items()
-            queries = tuple((int(patches), int(count)) for patches, count in pairs)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: {error!r} is missing or wrong", "copy the file from the model again") from None
-        if type(patch) is not int or patch < 1 or not queries:
-            raise CheckpointError(f"{path}: patch_size = {patch!r}, queries {queries}", "copy the file from the model again")
-        return patch, queries
-    raise CheckpointError(f"{directory} has neither runtime.json nor config.json", "an Aria image is cut as the model says")

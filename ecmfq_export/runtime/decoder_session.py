@@ -259,7 +259,7 @@ class DecoderSession:
 
     def check_patches(self, grids: np.ndarray) -> None:
         """Raise UserError unless the vision graph takes images of these grids [num_images, 3], with the numbers."""
-        largest = int(grids.prod(axis=1).max())
+        largest = int(self._shown(grids).prod(axis=1).max())
         if self._max_patches and largest > self._max_patches:
             raise UserError(f"an image makes {largest} patches, the vision graph takes {self._max_patches}",
                             "scale it down, or export with a larger max_image_patches")
@@ -332,6 +332,14 @@ class DecoderSession:
             for layer in range(self.num_layers) for kind in ("key", "value")
         }  # fmt: skip
 
+    def _shown(self, grids: np.ndarray) -> np.ndarray:
+        """What the vision graph is given at least at a time, [n, 3]: images, or tiles where an image is cut into some."""
+        if not self.spec.vision.class_token:
+            return grids
+        tiles = np.repeat(grids, grids[:, 0], axis=0)
+        tiles[:, 0] = 1
+        return tiles
+
     def image_features(self, sample: ProcessedSample) -> list[np.ndarray]:
         """image_features and deepstack_{i} of a sample's images, [merged patches, hidden] each; kept for a while."""
         patches, grids = sample.pixel_values, sample.image_grid_thw
@@ -346,6 +354,7 @@ class DecoderSession:
 
     def _run_vision(self, patches: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
         self.check_patches(grids)
+        grids = self._shown(grids)
         sizes = grids.prod(axis=1)
         if self._vision is None:
             self._vision = self._open_vision()
@@ -353,7 +362,7 @@ class DecoderSession:
         parts: list[list[np.ndarray]] = []
         start = at = 0
         # An engine's profile has room for the queries of one image.
-        together = 0 if self.spec.vision.queries else _VISION_BATCH_PATCHES
+        together = 0 if self.spec.vision.queries else min(_VISION_BATCH_PATCHES, self._max_patches or _VISION_BATCH_PATCHES)
         while start < len(grids):
             stop = start + 1
             while stop < len(grids) and sizes[start : stop + 1].sum() <= together:

@@ -8,10 +8,11 @@ Vision graph inputs (``num_patches`` = all patches of all images, in merge-block
     patches           [num_patches, patch_features] T   the processor's pixel_values, see :func:`merge_block_order`
     interp_indices    [num_patches, taps] int64         rows of the learned position table: 4 bilinear taps, 16 bicubic ones, 1 entry
     interp_weights    [num_patches, taps] T             their weights; neither of the two where the tower has no table
-    rope_positions    [num_patches, 2] int64            row and column of each patch in its image; not where the tower has queries
+    rope_positions    [num_patches, 2] int64            row and column of each patch; not with the inputs that follow
     segment_ids       [num_patches] int64               which frame a patch belongs to; attention stays inside a frame
     query_indices     [num_queries] int64               learned queries, image after image; only where the tower has some
     query_segments    [num_queries] int64               the frame that each of them reads
+    frame_ids         [num_frames] int64                every frame once; only where each has a class token
 
 Merging needs no index: four (merge_size ** 2) neighbouring patches are adjacent in merge-block order.
 """
@@ -51,6 +52,7 @@ class VisionLike(Protocol):
     position_interpolation: str
     patch_order: str
     queries: tuple[tuple[int, int], ...]
+    class_token: bool
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class HostVision:
     position_interpolation: str = "bilinear"
     patch_order: str = "merge_block"
     queries: tuple[tuple[int, int], ...] = ()
+    class_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class HostSpec:
                 HostRope(rope["kind"], float(rope["theta"]), tuple(rope["sections"]), int(rope["head_dim"])),
                 HostVision(*(int(vision[key]) for key in ("spatial_merge_size", "num_position_embeddings", "patch_features")),
                            str(vision["position_interpolation"]), str(vision["patch_order"]),
-                           tuple((int(patches), int(count)) for patches, count in vision.get("queries", ()))),
+                           tuple((int(patches), int(count)) for patches, count in vision.get("queries", ())), bool(vision.get("class_token", False))),
                 int(runtime["num_deepstack"]),
                 int(runtime["max_seq_len"]),
                 np.dtype(runtime["dtype"]),
@@ -332,6 +335,8 @@ def vision_inputs(image_grid_thw: np.ndarray, vision: VisionLike, dtype: np.dtyp
     inputs = {"segment_ids": np.concatenate(segments)}
     if tabled:
         inputs |= {"interp_indices": np.concatenate(indices), "interp_weights": np.concatenate(weights).astype(dtype)}
+    if vision.class_token:
+        return inputs | {"frame_ids": np.arange(segment)}
     if not vision.queries:
         return inputs | {"rope_positions": np.concatenate(places)}
     counts = [image_tokens(grid, merge, vision.queries) for grid in np.asarray(image_grid_thw, np.int64).reshape(-1, 3)]

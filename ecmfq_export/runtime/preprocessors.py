@@ -14,6 +14,7 @@ from ecmfq_export.json_file import read_json
 from ecmfq_export.runtime.aria_images import AriaPreprocessor
 from ecmfq_export.runtime.host_inputs import image_tokens
 from ecmfq_export.runtime.images import MAX_PIXELS, ImageInput, load_rgb
+from ecmfq_export.runtime.tiled_images import TilePreprocessor
 
 PREPROCESSOR_CONFIG, PROCESSOR_CONFIG = "preprocessor_config.json", "processor_config.json"
 
@@ -37,10 +38,12 @@ class Preprocessor(Protocol):
     Attributes:
         image_token: the placeholder that stands for one merged patch in this kind's prompts.
         reserved_tokens: placeholders that a text may not hold where the tokenizer knows them.
+        around: the token before and the one behind an image, where the chat template leaves them to the processor.
     """
 
     image_token: str
     reserved_tokens: tuple[str, ...]
+    around: tuple[str, ...]
 
     def __call__(self, images: list[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
         """Patches [N, patch_features] float32 in the family's own order, and grids [len(images), 3] int64.
@@ -124,6 +127,7 @@ class QwenPreprocessor:
 
     image_token = "<|image_pad|>"
     reserved_tokens = ("<|image_pad|>", "<|video_pad|>", "<|audio_pad|>")
+    around = ()
 
     def __init__(self, config: dict[str, Any], path: Path) -> None:
         settings = {key: config[key] for key in self.SETTINGS if config.get(key) is not None}
@@ -207,6 +211,7 @@ class NavitPreprocessor:
 
     image_token = "<|media_pad|>"
     reserved_tokens = ("<|media_pad|>", "<|kimi_k25_video_placeholder|>")
+    around = ()
 
     _MAX_SIDE = 512
     """Patches on a side that the published tower has rotary angles for."""
@@ -273,4 +278,4 @@ class NavitPreprocessor:
         return (min(longest, max(1, int(width * scale))), min(longest, max(1, int(height * scale))))
 
 
-_LOADERS = (QwenPreprocessor, GlmPreprocessor, ErniePreprocessor, NavitPreprocessor, AriaPreprocessor)
+_LOADERS = (QwenPreprocessor, GlmPreprocessor, ErniePreprocessor, NavitPreprocessor, AriaPreprocessor, TilePreprocessor)

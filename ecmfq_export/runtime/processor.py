@@ -41,6 +41,7 @@ class Processor:
         self.tokenizer = _load_tokenizer(self.directory)
         self._images = load_preprocessor(self.directory)
         self.image_token_id = self._special(self._images.image_token)
+        self._around = [self._special(token) for token in self._images.around]
         vocabulary = self.tokenizer.get_vocab()
         self._reserved = tuple(token for token in self._images.reserved_tokens if token in vocabulary)
         self.eos_token_ids = self._read_eos()
@@ -141,11 +142,12 @@ class Processor:
             raise CheckpointError(f"the tokenizer of {self.directory} fails: {error}", "copy its files from the model again") from None
 
     def expand(self, ids: Sequence[int], grids: np.ndarray) -> list[int]:
-        """`ids` with as many placeholders for each image as it has tokens; grids [num_images, 3]."""
+        """`ids` with as many placeholders for each image as it has tokens, and what stands around them; grids [num_images, 3]."""
         counts = iter([self._images.num_tokens(grid) for grid in grids])
+        before, behind = self._around[:1], self._around[1:]
         out: list[int] = []
         for token in ids:
-            out.extend([token] * next(counts) if token == self.image_token_id else [token])
+            out.extend([*before, *[token] * next(counts), *behind] if token == self.image_token_id else [token])
         return out
 
     def _special(self, token: str) -> int:

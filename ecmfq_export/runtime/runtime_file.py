@@ -96,6 +96,8 @@ def _check(top: _Fields) -> None:
         for pair in queries
     ):
         raise vision.wrong("queries", "pairs of patches and queries")
+    if type(vision.data.get("class_token", False)) is not bool:
+        raise vision.wrong("class_token", "true or false")
     ids = top.data.get("image_expert_ids", [])
     if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token <= _MAX_COUNT for token in ids):
         raise top.wrong("image_expert_ids", "token ids")

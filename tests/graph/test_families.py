@@ -37,12 +37,13 @@ def vision(models):
 @torch.no_grad()
 def test_vision_graph_keeps_images_apart(models, vision) -> None:
     """Features of four images in one call are transformers' own, and those of one do not change with another's pixels."""
-    spec, grid = models[0].spec.vision, np.array([[1, 4, 6], [1, 8, 2], [1, 4, 4], [1, 2, 2]])
+    spec, grid = models[0].spec.vision, np.array(FAMILIES[models[0].spec.family].grids)
+    own = int(grid[0].prod())
     patches = torch.randn(int(grid.prod(1).sum()), spec.patch_features, generator=torch.Generator().manual_seed(0))
     out = models[0].vision_module()(patches, grid_thw=torch.from_numpy(grid))
     expected = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
     results = []
-    for pixels in (patches.numpy(), np.concatenate((patches[:24].numpy(), np.full_like(patches[24:].numpy(), 50.0)))):
+    for pixels in (patches.numpy(), np.concatenate((patches[:own].numpy(), np.full_like(patches[own:].numpy(), 50.0)))):
         feeds = {"patches": host.merge_block_order(pixels, grid, spec), **host.vision_inputs(grid, spec)}
         results.append(vision.run(None, {name: feeds[name] for name in (i.name for i in vision.get_inputs())}))
     for ours, theirs in zip(results[0], expected, strict=True):
