@@ -100,6 +100,14 @@ FACTS: Mapping[str, FamilyFacts] = {
         note="an image is as many tokens as queries read its canvas (128 of 490 pixels, 256 of 980); patches of the canvas that the image "
              "leaves free, which transformers masks, are not computed; the vision graph takes the largest canvas (4900 patches) at least",
     ),
+    "internvl": FamilyFacts(
+        "InternVL3.5, mixture-of-experts", ("InternVL3_5-30B-A3B-HF", "InternVL3_5-241B-A28B-HF"),
+        "grouped-query, norms of queries and keys; plain rotary embedding", "softmax, renormalized or not",
+        "InternViT over tiles with a class token each, merged patches", (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
+        ("video (no placeholder is named by the config)", _ROPE, _SLIDING, "decoders other than Qwen3-MoE (text_config.model_type)"),
+        note="the form that transformers keeps (-HF); an image is cut into tiles as InternVL's processor has it, and each tile is a call "
+             "of the vision graph, whose attention is quadratic in its patches",
+    ),
     "kimi_vl": FamilyFacts(
         "Kimi-VL", ("Kimi-VL-A3B-Instruct", "Kimi-VL-A3B-Thinking"), **_KIMI, refused=(_ROPE,), headers="Kimi-VL-A3B-Instruct",
         note="needs a tokenizer.json (the published tokenizer is a tiktoken file)",

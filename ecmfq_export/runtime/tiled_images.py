@@ -1,4 +1,4 @@
-"""InternVL's image processor: an image cut into tiles of one size, whose arrangement is nearest to its shape, and a small picture of all."""
+"""InternVL's image processor: an image cut into tiles of one size, arranged nearest to its shape, and a small picture of all."""
 
 from __future__ import annotations
 

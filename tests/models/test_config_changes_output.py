@@ -24,6 +24,7 @@ from tests.models.test_config_fields import changed, fields, flipped, value_at
 from tests.tiny_aria import aria_sample, make_aria
 from tests.tiny_ernie import ernie_sample, make_ernie
 from tests.tiny_glm import glm_sample, make_glm
+from tests.tiny_internvl import internvl_sample, make_internvl
 from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
 from tests.tiny_omni import make_qwen3_omni, make_qwen3_omni_thinker
@@ -62,6 +63,8 @@ FAMILIES: dict[str, tuple[Callable[..., Path], Callable[..., ProcessedSample], s
                         test_families_config.HARMLESS - {"video_end_token_id"} | {"text_config.tie_word_embeddings"}),
     "aria": (partial(make_aria, vision={"image_size": 559}), aria_sample,
              test_families_config.HARMLESS | {"text_config.tie_word_embeddings"}),
+    "internvl": (partial(make_internvl, mlp_only_layers=[0], num_hidden_layers=3), internvl_sample,
+                 test_families_config.HARMLESS | {"text_config.tie_word_embeddings"}),
 }
 
 

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from transformers import AriaConfig, Ernie4_5_VLMoeConfig, Glm4vMoeConfig
+from transformers import AriaConfig, Ernie4_5_VLMoeConfig, Glm4vMoeConfig, InternVLConfig
 
 from ecmfq_export.errors import UserError
 from ecmfq_export.models.registry import SUPPORTED
@@ -16,6 +16,7 @@ from tests.models.test_config_fields import changed, fields, flipped, spec_of, v
 from tests.tiny_aria import aria_config
 from tests.tiny_ernie import ernie_config
 from tests.tiny_glm import glm_config
+from tests.tiny_internvl import internvl_config
 from tests.tiny_omni import omni_config
 
 HARMLESS = {
@@ -25,6 +26,7 @@ HARMLESS = {
     "talker_config", "code2wav_config", "audio_config", "enable_audio_output", "im_start_token_id", "im_end_token_id", "tts_bos_token_id",
     "tts_eos_token_id", "tts_pad_token_id", "system_token_id", "user_token_id", "assistant_token_id", "audio_start_token_id",
     "audio_end_token_id", "position_id_per_seconds", "video_start_token_id", "video_end_token_id", "pretraining_tp",
+    "hidden_dropout_prob", "projection_dropout", "layer_scale_init_value",
 }  # fmt: skip
 """Fields whose value may change without changing inference on text and images, decided here independently of the code."""
 
@@ -49,7 +51,8 @@ THINKER = saved(_OMNI.thinker_config, "Qwen3OmniMoeThinkerForConditionalGenerati
 GLM = saved(glm_config(vision={"image_size": 27}), "Glm4vMoeForConditionalGeneration")
 ERNIE = saved(ernie_config(), "Ernie4_5_VLMoeForConditionalGeneration")
 ARIA = saved(aria_config(vision={"image_size": 559}), "AriaForConditionalGeneration")
-BASES = {base["model_type"]: base for base in (OMNI, THINKER, GLM, ERNIE, ARIA)}
+INTERNVL = saved(internvl_config(mlp_only_layers=[0], num_hidden_layers=3), "InternVLForConditionalGeneration")
+BASES = {base["model_type"]: base for base in (OMNI, THINKER, GLM, ERNIE, ARIA, INTERNVL)}
 CASES = [pytest.param(base, path, id=f"{name}: {path}") for name, base in BASES.items() for path in fields(base)]
 
 
@@ -57,7 +60,8 @@ CASES = [pytest.param(base, path, id=f"{name}: {path}") for name, base in BASES.
 def test_no_field_goes_unnoticed(base: dict[str, Any], path: str) -> None:
     family, last = SUPPORTED[base["model_type"]], path.split(".")[-1]
     config = changed(path, flipped(value_at(base, path)), base)
-    if last in HARMLESS - (VIDEO if base is ERNIE else set()) or (base in (ERNIE, ARIA) and path == "text_config.tie_word_embeddings"):
+    tied_above = base in (ERNIE, ARIA, INTERNVL) and path == "text_config.tie_word_embeddings"
+    if last in HARMLESS - (VIDEO if base is ERNIE else set()) or tied_above:
         assert spec_of(config) == spec_of(base)
         return
     try:
@@ -79,7 +83,7 @@ def test_unknown_fields_are_refused(base: dict[str, Any], where: str) -> None:
         spec_of(changed(path + "expert_score_power", 2, base))
 
 
-CLASSES = {"glm4v_moe": Glm4vMoeConfig, "ernie4_5_vl_moe": Ernie4_5_VLMoeConfig, "aria": AriaConfig}
+CLASSES = {"glm4v_moe": Glm4vMoeConfig, "ernie4_5_vl_moe": Ernie4_5_VLMoeConfig, "aria": AriaConfig, "internvl": InternVLConfig}
 ABSENT = [(BASES[name], path) for name in CLASSES for path in fields(BASES[name]) if path != "model_type"]
 
 
@@ -143,6 +147,22 @@ REFUSED = [
     (ARIA, "projector_patch_to_query_dict", {"49": 7}, "it is the largest"),
     (ARIA, "image_token_id", 3, "image_token_index = 263 but image_token_id = 3"),
     (ARIA, "image_token_index", 288, "outside vocab_size"),
+    (INTERNVL, "text_config.model_type", "qwen3", "supported: 'qwen3_moe'"),
+    (INTERNVL, "vision_config.model_type", "siglip_vision_model", "supported: 'internvl_vision'"),
+    (INTERNVL, "text_config.sliding_window", 128, "whole context"),
+    (INTERNVL, "text_config.rope_parameters.rope_type", "yarn", "rope"),
+    (INTERNVL, "text_config.num_experts_per_tok", 9, "num_experts_per_tok = 9"),
+    (INTERNVL, "vision_feature_layer", -2, "the projector reads the last layer"),
+    (INTERNVL, "vision_feature_select_strategy", "full", "patches alone"),
+    (INTERNVL, "projector_hidden_act", "relu", "no such projector"),
+    (INTERNVL, "downsample_ratio", 0.25, "no other pixel shuffle"),
+    (INTERNVL, "image_seq_length", 256, "a tile makes 4 tokens"),
+    (INTERNVL, "vision_config.image_size", [16, 24], "expected a square"),
+    (INTERNVL, "vision_config.image_size", 20, "whole merged patches"),
+    (INTERNVL, "vision_config.num_attention_heads", 5, "5 heads"),
+    (INTERNVL, "vision_config.norm_type", "batch_norm", "knows no other"),
+    (INTERNVL, "vision_config.use_mask_token", True, "masks are for training"),
+    (INTERNVL, "image_token_id", 288, "outside vocab_size"),
 ]
 
 

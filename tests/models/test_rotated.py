@@ -18,6 +18,7 @@ from ecmfq_export.models.torch_decoder import load_layer, run_decoder
 from tests.stages.common import plant_outliers
 from tests.tiny_aria import aria_sample, make_aria
 from tests.tiny_glm import glm_sample, make_glm
+from tests.tiny_internvl import internvl_sample, make_internvl
 from tests.tiny_kimi import kimi_sample, make_kimi_k25, make_kimi_vl
 from tests.tiny_models import make_qwen3_vl_moe, random_sample
 from tests.tiny_omni import make_qwen3_omni
@@ -32,6 +33,7 @@ KINDS = {
     "a thinker with tied embeddings": (make_qwen3_omni, {"tie_word_embeddings": True}),
     "no bias behind the tower, a part of a head rotated": (make_glm, {}),
     "learned queries, transposed experts": (make_aria, {"attention_bias": True}),
+    "class tokens": (make_internvl, {}),
 }
 
 
@@ -117,7 +119,8 @@ def test_logits_are_the_same_to_rounding(model, values):
     """Both sides round every product to 24 bits; through two layers that stays some tens of units in the last place of a
     typical logit."""
     view = RotatedModel(model, seed=5, values=values)
-    makers = {"kimi_vl": kimi_sample, "kimi_k25": kimi_sample, "glm4v_moe": glm_sample, "aria": aria_sample}
+    makers = {"kimi_vl": kimi_sample, "kimi_k25": kimi_sample, "glm4v_moe": glm_sample, "aria": aria_sample,
+              "internvl": internvl_sample}
     make = makers.get(model.spec.family, random_sample)
     samples = [make(1, [(1, 4, 4)]), make(2), make(3, [(1, 4, 8)])]
     with torch.no_grad():
