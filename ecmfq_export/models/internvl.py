@@ -113,7 +113,7 @@ def _read_vision(top: ConfigFields, given: dict[str, Any], defaults: Any, hidden
         out_hidden_size=hidden_size,
         num_position_embeddings=(image // patch) ** 2,
         deepstack_layers=(),
-        position_interpolation="bucket",
+        position_interpolation="own",
         patch_order="raster",
         class_token=True,
     )

@@ -238,7 +238,7 @@ class VisionSpec:
     Attributes:
         num_position_embeddings: entries of the learned square position table.
         position_interpolation: how the table is resampled: ``bilinear`` with aligned corners, ``bicubic`` without, ``bucket`` where each
-            patch takes one entry, or ``none`` where the tower has no table.
+            patch takes one entry, ``own`` where there is an entry for each patch of a frame, or ``none`` where the tower has no table.
         patch_order: of the processor's patches: ``merge_block`` (those that are merged are adjacent) or ``raster``.
         queries: where image tokens come from learned queries instead of merged patches (Aria): pairs of the patches of a square canvas,
             whose side is an image's longer one, and how many queries read it. Such towers have no rotary embedding.
@@ -256,7 +256,7 @@ class VisionSpec:
     out_hidden_size: int
     num_position_embeddings: int
     deepstack_layers: tuple[int, ...]
-    position_interpolation: Literal["bilinear", "bicubic", "bucket", "none"] = "bilinear"
+    position_interpolation: Literal["bilinear", "bicubic", "bucket", "own", "none"] = "bilinear"
     patch_order: Literal["merge_block", "raster"] = "merge_block"
     queries: tuple[tuple[int, int], ...] = ()
     class_token: bool = False
@@ -269,7 +269,7 @@ class VisionSpec:
     @property
     def position_taps(self) -> int:
         """Entries of the position table that one patch reads."""
-        return {"bilinear": 4, "bicubic": 16, "bucket": 1, "none": 0}[self.position_interpolation]
+        return {"bilinear": 4, "bicubic": 16, "bucket": 1, "own": 1, "none": 0}[self.position_interpolation]
 
 
 @dataclass(frozen=True)

@@ -400,4 +400,11 @@ def _bucket_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, n
     return np.searchsorted(boundaries, place, side="right")[:, None], np.ones((len(index), 1), np.float32)
 
 
-_AXIS_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps, "bucket": _bucket_taps}
+def _own_taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The patch's own entry [n, 1]."""
+    if size != side:
+        raise UserError(f"a tile is {size} patches long, the position table {side}")
+    return index[:, None], np.ones((len(index), 1), np.float32)
+
+
+_AXIS_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps, "bucket": _bucket_taps, "own": _own_taps}

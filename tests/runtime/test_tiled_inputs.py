@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from ecmfq_export.errors import CheckpointError, UnsupportedError
+from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.models.inputs import prepare_inputs
 from ecmfq_export.models.moe_vlm import open_model
 from ecmfq_export.models.torch_decoder import run_decoder
@@ -47,13 +47,15 @@ def test_images_from_pixels_to_logits_equal_transformers(directory: Path) -> Non
     torch.testing.assert_close(run_decoder(model, prepare_inputs(model, [sample])), theirs, atol=2e-5 * float(theirs.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("side", [4, 16, 32, 74])
+@pytest.mark.parametrize("side", [4, 16, 32, 50])
 def test_a_patch_of_a_tile_takes_its_own_entry(side: int) -> None:
-    vision = host.HostVision(2, side * side, 588, "bucket", "raster", class_token=True)
+    vision = host.HostVision(2, side * side, 588, "own", "raster", class_token=True)
     inputs = host.vision_inputs(np.array([[2, side, side], [1, side, side]]), vision)
     assert set(inputs) == {"interp_indices", "interp_weights", "segment_ids", "frame_ids"}
     own = host.merge_block_order(np.tile(np.arange(side * side), 3), np.array([[3, side, side]]), vision)
     np.testing.assert_array_equal(inputs["interp_indices"][:, 0], own)
+    with pytest.raises(UserError, match="a tile is 2 patches long"):
+        host.vision_inputs(np.array([[1, 2, side]]), vision)
     assert inputs["frame_ids"].tolist() == [0, 1, 2] and inputs["segment_ids"].tolist() == [n for n in range(3) for _ in range(side * side)]
 
 
