@@ -105,6 +105,7 @@ FACTS: Mapping[str, FamilyFacts] = {
         "grouped-query, norms of queries and keys; plain rotary embedding", "softmax, renormalized or not",
         "InternViT over tiles with a class token each, merged patches", (_PYTORCH, _THEIRS, _INTEGERS, _WHOLE),
         ("video (no placeholder is named by the config)", _ROPE, _SLIDING, "decoders other than Qwen3-MoE (text_config.model_type)"),
+        "InternVL3_5-30B-A3B-HF",
         note="the form that transformers keeps (-HF); an image is cut into tiles as InternVL's processor has it, and each tile is a call "
              "of the vision graph, whose attention is quadratic in its patches",
     ),

@@ -2,8 +2,9 @@
 
 ``published_tensors.json`` holds facts: each model's config.json, and its tensors as patterns (``{0:27}`` counts, ``{a,b}`` lists),
 written down from what public loaders of these checkpoints ask for. ERNIE's config is the form that transformers 5 makes of the published
-one, with the values that its classes and its converter give for that checkpoint. Aria's sizes are from memory; they make its 25.3 billion
-parameters. Whether its checkpoint holds the norm behind the tower, which loaders pass over, makes no difference.
+one, with the values that its classes and its converter give for that checkpoint. Aria's and InternVL3.5's sizes are from memory; they make
+the models' published numbers of parameters. Whether Aria's checkpoint holds the norm behind the tower, which loaders pass over, makes no
+difference.
 """
 
 from __future__ import annotations
@@ -137,3 +138,13 @@ def test_aria_is_what_its_config_says(monkeypatch, tmp_path: Path) -> None:
     assert (mlp.num_experts, mlp.num_shared_experts, mlp.top_k, mlp.num_slots) == (64, 2, 6, 8) and mlp.router.renormalize
     assert spec.rope == RopeSpec("rope", 5e6, (), 128) and spec.vision.queries == ((1225, 128), (4900, 256))
     assert list(model.unused_parts()) == ["vision_tower.post_layernorm.*"] and spec.vision.num_position_embeddings == 4900
+
+
+@pytest.mark.parametrize(("name", "layers", "hidden", "tower"), [
+    ("InternVL3_5-30B-A3B-HF", 48, 2048, 1024), ("InternVL3_5-241B-A28B-HF", 94, 4096, 3200)])  # fmt: skip
+def test_internvl_is_what_its_config_says(monkeypatch, tmp_path: Path, name: str, layers: int, hidden: int, tower: int) -> None:
+    model = open_published(monkeypatch, tmp_path, name, published(name))
+    spec, mlp = model.spec, model.spec.layers[0].mlp
+    assert spec.moe_layers == tuple(range(layers)) and (mlp.num_experts, mlp.top_k, mlp.num_slots) == (128, 8, 8)
+    assert (spec.hidden_size, spec.vision.hidden_size, spec.vision.num_position_embeddings) == (hidden, tower, 1024)
+    assert spec.rope == RopeSpec("rope", 1e6, (), 128) and spec.layers[0].attention.qk_norm and spec.vision.class_token
