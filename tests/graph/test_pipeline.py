@@ -15,6 +15,7 @@ from ecmfq_export import bundle
 from ecmfq_export.config import ExportConfig
 from ecmfq_export.errors import CheckpointError, UnsupportedError, UserError
 from ecmfq_export.graph import pipeline, vision
+from ecmfq_export.graph.passes.prepack_experts import PrepackExpertsPass
 from ecmfq_export.graph.runtime_json import PROCESSOR_FILES
 from ecmfq_export.graph.weights import files_of
 from ecmfq_export.models.moe_vlm import MoEVLM, open_model
@@ -83,6 +84,20 @@ def test_graphs(exported):
     np.testing.assert_array_equal(unprepack_mma_s8(packed, True), canonical)
     used = {str(d) for v in plain.graph.inputs for d in v.shape if not isinstance(d, int)}
     assert used == {"batch", "seq"}
+
+
+def test_prepacking_leaves_no_file_mapped(exported):
+    """A layer's file pages would count as resident until the last layer is written."""
+    graph = ir.load(exported / "decoder" / "model.ref.onnx")
+    weights = [v.const_value for v in graph.graph.initializers.values() if v.name.endswith("experts.gate_up_proj.qweight")]
+    before = [weight.numpy().copy() for weight in weights]
+    assert all(weight.raw is not None for weight in weights)
+    PrepackExpertsPass("mma_s8")(graph)
+    for weight, canonical in zip(weights, before, strict=True):
+        packed = graph.graph.initializers[weight.name].const_value.numpy()
+        np.testing.assert_array_equal(unprepack_mma_s8(packed, True), canonical)
+        assert weight.raw is None
+        np.testing.assert_array_equal(weight.numpy(), canonical)  # and can be read again
 
 
 def test_reference_graph_equals_pytorch(exported, models):

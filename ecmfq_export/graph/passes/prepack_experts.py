@@ -50,6 +50,9 @@ class PrepackExpertsPass(ir.passes.InPlacePass):
 
 def _prepacked(tensor: ir.TensorProtocol, prepack: Prepack, interleave: bool) -> ir.LazyTensor:
     def load() -> ir.Tensor:
-        return ir.Tensor(prepack(tensor.numpy(), interleave), dtype=tensor.dtype, name=tensor.name)
+        packed = prepack(tensor.numpy(), interleave)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # its file's mapping, which would stay resident for every layer until the end
+        return ir.Tensor(packed, dtype=tensor.dtype, name=tensor.name)
 
     return ir.LazyTensor(load, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
