@@ -7,11 +7,10 @@ import hashlib
 import platform
 import re
 import struct
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-import ecmfq_export
+from ecmfq_export.compiled_library import find_library
 from ecmfq_export.errors import BuildError
 
 LIBRARY_NAME = "libecmfq_plugin.so"
@@ -51,23 +50,12 @@ class PluginLibrary:
 
 
 def find_plugin_library() -> Path:
-    """The library of this installation: inside the package, or the newest one in a source tree's ``build`` folder.
+    """The library of this installation.
 
     Raises:
         BuildError: there is none.
     """
-    packages = [Path(folder) for folder in ecmfq_export.__path__]
-    # An editable install keeps Python files in the tree and compiled ones in site-packages.
-    packages += [Path(sysconfig.get_path(name)) / "ecmfq_export" for name in ("platlib", "purelib")]
-    for package in packages:
-        candidate = package / "_lib" / LIBRARY_NAME
-        if candidate.is_file():
-            return candidate
-    tree = packages[0].parent / "build"
-    built = [*tree.glob(f"*/{LIBRARY_NAME}"), *tree.glob(f"*/*/{LIBRARY_NAME}")]
-    if built:
-        return max(built, key=lambda path: path.stat().st_mtime)
-    raise BuildError(f"the plugin library {LIBRARY_NAME} is neither in {packages[0] / '_lib'} nor under {tree}", _INSTALL)
+    return find_library(LIBRARY_NAME, "plugin library", _INSTALL)
 
 
 def read_plugin_library(path: Path) -> PluginLibrary:

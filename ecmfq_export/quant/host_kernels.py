@@ -10,12 +10,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sysconfig
 from pathlib import Path
 
 import torch
 
-import ecmfq_export
+from ecmfq_export.compiled_library import find_library
 from ecmfq_export.errors import BuildError
 
 LIBRARY_NAME = "libecmfq_host.so"
@@ -43,23 +42,12 @@ class _Table(ctypes.Structure):
 
 
 def find_host_library() -> Path:
-    """The library of this installation: inside the package, or the newest one in a source tree's ``build`` folder.
+    """The library of this installation.
 
     Raises:
         BuildError: there is none.
     """
-    packages = [Path(folder) for folder in ecmfq_export.__path__]
-    # An editable install keeps Python files in the tree and compiled ones in site-packages.
-    packages += [Path(sysconfig.get_path(name)) / "ecmfq_export" for name in ("platlib", "purelib")]
-    for package in packages:
-        candidate = package / "_lib" / LIBRARY_NAME
-        if candidate.is_file():
-            return candidate
-    tree = packages[0].parent / "build"
-    built = [*tree.glob(f"*/{LIBRARY_NAME}"), *tree.glob(f"*/*/{LIBRARY_NAME}")]
-    if built:
-        return max(built, key=lambda path: path.stat().st_mtime)
-    raise BuildError(f"the host library {LIBRARY_NAME} is neither in {packages[0] / '_lib'} nor under {tree}", _INSTALL)
+    return find_library(LIBRARY_NAME, "host library", _INSTALL)
 
 
 class HostKernels:

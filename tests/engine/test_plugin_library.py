@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ecmfq_export import compiled_library
 from ecmfq_export.engine import plugin_library
 from ecmfq_export.engine.plugin_library import check_plugin_library, find_plugin_library, read_plugin_library
 from ecmfq_export.engine.soname_shim import alias_object
@@ -46,8 +47,8 @@ def test_library_of_something_else(tmp_path: Path) -> None:
 
 
 def test_no_library_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin_library.ecmfq_export, "__path__", [str(tmp_path / "ecmfq_export")])
-    monkeypatch.setattr(plugin_library.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(compiled_library.ecmfq_export, "__path__", [str(tmp_path / "ecmfq_export")])
+    monkeypatch.setattr(compiled_library.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(BuildError, match="neither in"):
         find_plugin_library()
     newest = tmp_path / "build" / "plugins" / plugin_library.LIBRARY_NAME

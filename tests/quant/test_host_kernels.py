@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecmfq_export import compiled_library
 from ecmfq_export.errors import BuildError
 from ecmfq_export.quant import host_kernels as module
 from ecmfq_export.quant.host_kernels import MAX_WIDTH, HostKernels, find_host_library, host_kernels
@@ -185,8 +186,8 @@ def test_what_kernels_cannot_take_is_refused():
 
 def test_a_missing_or_foreign_library_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "ecmfq_export").mkdir()
-    monkeypatch.setattr(module.ecmfq_export, "__path__", [str(tmp_path / "ecmfq_export")])
-    monkeypatch.setattr(module.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(compiled_library.ecmfq_export, "__path__", [str(tmp_path / "ecmfq_export")])
+    monkeypatch.setattr(compiled_library.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(BuildError, match=r"libecmfq_host.so is neither in") as error:
         find_host_library()
     assert "pip install" in str(error.value.fix)
