@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from tests.forking import fork
+
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
 
@@ -19,7 +21,7 @@ def run_in_child(action: Callable[[], object], kill_at: int = 0, kill_before: st
         kill_before: a path whose coming into being by a rename kills the child, before it happens.
     """
     reading, writing = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         os.close(reading)
         count = 0

@@ -16,6 +16,7 @@ import torch
 from ecmfq_export import workflow
 from ecmfq_export.progress import Silent
 from ecmfq_export.stages.resources import Resources
+from tests.forking import fork
 from tests.stages.common import SETTINGS, make_pool
 from tests.tiny_models import make_qwen3_vl_moe
 
@@ -29,7 +30,7 @@ def peak_of(action: Callable[[], object]) -> int:
     """Bytes by which the largest resident memory of a forked child exceeds what it began with."""
     reading, writing = os.pipe()
     gc.collect()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:

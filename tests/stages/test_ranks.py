@@ -25,6 +25,7 @@ from ecmfq_export.stages import expert_chunks, streams
 from ecmfq_export.stages import quantize as quantize_stage
 from ecmfq_export.stages.ranks import ALONE, Ranks, join_ranks, leave_ranks
 from ecmfq_export.stages.resources import Resources
+from tests.forking import fork
 from tests.stages.common import SETTINGS, file_hashes
 
 STAGES = ("calibration", "smoothing", "quantized")
@@ -47,7 +48,7 @@ def run_ranks(size: int, action: Callable[[Ranks], None]) -> list[int]:
     """`action` in `size` forked processes that meet as torchrun's do; their exit codes."""
     port, children = free_port(), []
     for rank in range(size):
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             code = 1
             try:
@@ -131,7 +132,7 @@ def test_killed_ranks_are_continued_by_one_and_the_other_way_round(tiny, pool, t
 
 
 def _alone(action: Callable[[Ranks], None]) -> int:
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:
