@@ -5,7 +5,7 @@
 Average retention is the mean of two ratios to the same floating-point model: VQA accuracy, and mean recall by embedding, the mean of
 R@1, R@5 and R@10 both ways. P(yes) has a column of its own and no part in it: in floating point these models are near chance there.
 All of it was fixed before the first run on the test split. With ``--markdown`` the tables replace what stands between the page's lines
-``<!-- tables: MARK -->`` and ``<!-- end of tables -->``.
+``<!-- tables: MARK -->`` and ``<!-- end of tables -->``; ``--by-model`` does the same to a page with one table a model and form.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def main() -> None:
     parser.add_argument("--settings", default="", help="as in the rows' file names, e.g. attention-w4a8")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--markdown", type=Path, help="a page whose tables are replaced, see above")
-    parser.add_argument("--mark", default="methods", help="which of the page's tables")
+    parser.add_argument("--by-model", type=Path, help="a page that gets a table for each model and form")
+    parser.add_argument("--mark", default="methods", help="which of a page's tables")
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS))
     args = parser.parse_args()
     rows = load_rows(args.rows / args.split, args.settings)
@@ -178,13 +179,17 @@ def main() -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.markdown:
         replace_tables(args.markdown, args.mark, text)
+    if args.by_model:
+        replace_tables(args.by_model, args.mark, page_by_model(result, args.columns))
 
 
 def tabulate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summaries by group of forms, and ours against the best baselines of each."""
+    """Summaries by group of forms and of each model and form, and ours against the best baselines of each group."""
     present = {row["stress"] for row in rows if row["variant"] != "float"}
     groups = {"all": STRESSES, "plain": STRESSES[:1], "stressed": STRESSES[1:], **{s: (s,) for s in STRESSES[1:]}}
-    result: dict[str, Any] = {"groups": {}, "against": {}}
+    places = sorted({(row["model"], row["stress"]) for row in rows if row["variant"] != "float"})
+    result: dict[str, Any] = {"groups": {}, "against": {}, "models": {
+        f"{model}, {stress}": summarize([row for row in rows if row["model"] == model], [stress]) for model, stress in places}}
     shown: set[frozenset[str]] = set()
     for group, given in groups.items():
         forms = frozenset(given) & present
@@ -215,6 +220,13 @@ def page(result: dict[str, Any], columns: Iterable[str]) -> str:
                                  for label, m in (("VQA accuracy", metrics["vqa"]), ("mean recall", metrics["recall"])))
             parts.append(f"{OURS} - {name} (best baseline by {chosen}), 95% paired bootstrap over items: {figures_}\n")
     return "\n".join(parts)
+
+
+def page_by_model(result: dict[str, Any], columns: Iterable[str]) -> str:
+    """A table for each model and form; means over one checkpoint have no geometric mean of their own."""
+    columns = [column for column in columns if column != "kl_geometric"]
+    return "\n".join(f"### {place}\n\n{markdown(summary, ('float', *METHODS, *ABLATIONS), columns)}\n"
+                     for place, summary in result["models"].items())
 
 
 def replace_tables(path: Path, mark: str, text: str) -> None:
