@@ -16,6 +16,9 @@ from ecmfq_export.models.config_fields import (
     WRITTEN_BY_TRANSFORMERS_4,
     ConfigFields,
     built,
+    check_token,
+    finish_all,
+    read_heads,
     refuse_unused,
     subsection,
 )
@@ -70,11 +73,8 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         vision_start_token_id=None,
         vision_end_token_id=None,
     )
-    if spec.image_token_id >= spec.vocab_size:
-        raise CheckpointError(f"config.json: image_token_index = {spec.image_token_id} is outside vocab_size = {spec.vocab_size}")
-    for section, harmless in ((text, _TEXT_HARMLESS), (top, _TOP_HARMLESS)):
-        refuse_unused(section)
-        section.finish(harmless)
+    check_token("image_token_index", spec.image_token_id, spec.vocab_size)
+    finish_all((text, _TEXT_HARMLESS), (top, _TOP_HARMLESS))
     return spec
 
 
@@ -92,14 +92,7 @@ def _transformers_config(config: dict[str, Any]) -> Any:
 def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec, ...]:
     text.expect("hidden_act", "silu", why="experts and kernels are gated by SiLU")
     text.expect("mlp_bias", False, None, why="biases of shared experts have no place in the kernels")
-    num_heads = text.whole("num_attention_heads")
-    num_kv_heads = num_heads if text.take("num_key_value_heads") is None else text.whole("num_key_value_heads")
-    head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
-    if num_heads % num_kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"config.json: num_attention_heads = {num_heads} of head_dim = {head_dim}, num_key_value_heads = {num_kv_heads}",
-            "query heads must be a multiple of key/value heads, head_dim even",
-        )
+    num_heads, num_kv_heads, head_dim = read_heads(text, hidden_size, one_count=True)
     bias = text.flag("attention_bias")
     attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=False, bias=bias, output_bias=bias)
     experts, picks = text.whole("moe_num_experts"), text.whole("moe_topk")

@@ -169,6 +169,47 @@ class ConfigFields:
                 )
 
 
+def read_heads(text: ConfigFields, hidden_size: int, one_count: bool = False) -> tuple[int, int, int]:
+    """Query heads, key/value heads and the size of a head of grouped-query attention.
+
+    Args:
+        one_count: whether a config without a number of key/value heads has as many as query heads.
+
+    Raises:
+        CheckpointError: counts or sizes that do not go together.
+    """
+    heads = text.whole("num_attention_heads")
+    kv_heads = heads if one_count and text.take("num_key_value_heads") is None else text.whole("num_key_value_heads")
+    size = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // heads
+    if heads % kv_heads or size % 2:
+        raise CheckpointError(
+            f"config.json: num_attention_heads = {heads} of head_dim = {size}, num_key_value_heads = {kv_heads}",
+            "query heads must be a multiple of key/value heads, head_dim even",
+        )
+    return heads, kv_heads, size
+
+
+def check_token(name: str, token: int, vocab_size: int) -> None:
+    """Refuse a token that no embedding has.
+
+    Raises:
+        CheckpointError: `token`, the value of the field `name`, is no row of an embedding of `vocab_size`.
+    """
+    if token >= vocab_size:
+        raise CheckpointError(f"config.json: {name} = {token} is outside vocab_size = {vocab_size}")
+
+
+def finish_all(*sections: tuple[ConfigFields, Mapping[str, str]]) -> None:
+    """:func:`refuse_unused`, then :meth:`ConfigFields.finish`, of each section and the fields in it that are known to be harmless.
+
+    Raises:
+        UnsupportedError: a field that was not taken and is not known to be harmless.
+    """
+    for section, harmless in sections:
+        refuse_unused(section)
+        section.finish(harmless)
+
+
 def refuse_unused(section: ConfigFields) -> None:
     """Options of transformers' base class that no model here reads: only their neutral value is accepted.
 

@@ -18,8 +18,11 @@ from ecmfq_export.models.config_fields import (
     WRITTEN_BY_TRANSFORMERS_4,
     ConfigFields,
     built,
+    check_token,
     expect_axial_rope,
+    finish_all,
     one_rope_spelling,
+    read_heads,
     refuse_unused,
     subsection,
 )
@@ -86,11 +89,8 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         # Tokens around a video go there too, were a text to hold one without a video.
         image_expert_ids=(image, start, end, *(top.whole(f"video_{name}_token_id", 0) for name in ("start", "end"))),
     )
-    if image >= spec.vocab_size:
-        raise CheckpointError(f"config.json: image_token_id = {image} is outside vocab_size = {spec.vocab_size}")
-    for section, harmless in ((text, _TEXT_HARMLESS), (top, _TOP_HARMLESS)):
-        refuse_unused(section)
-        section.finish(harmless)
+    check_token("image_token_id", spec.image_token_id, spec.vocab_size)
+    finish_all((text, _TEXT_HARMLESS), (top, _TOP_HARMLESS))
     return spec
 
 
@@ -103,13 +103,7 @@ def _transformers_config(config: dict[str, Any]) -> Any:
 def _read_layers(text: ConfigFields, hidden_size: int) -> tuple[DecoderLayerSpec, ...]:
     text.expect("hidden_act", "silu", why="experts and kernels are gated by SiLU")
     text.expect("use_bias", False, None, why="biases of experts have no place in the kernels")
-    num_heads, num_kv_heads = text.whole("num_attention_heads"), text.whole("num_key_value_heads")
-    head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
-    if num_heads % num_kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"config.json: num_attention_heads = {num_heads} of head_dim = {head_dim}, num_key_value_heads = {num_kv_heads}",
-            "query heads must be a multiple of key/value heads, head_dim even",
-        )
+    num_heads, num_kv_heads, head_dim = read_heads(text, hidden_size)
     attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=False, rope_interleaved=True)
     moe, dense = _read_moe(text, hidden_size), DenseMlpSpec(hidden_size, text.whole("intermediate_size"))
     num_layers = text.whole("num_hidden_layers", maximum=MAX_LAYERS)

@@ -15,6 +15,8 @@ from ecmfq_export.models.config_fields import (
     WRITTEN_BY_TRANSFORMERS_4,
     ConfigFields,
     built,
+    check_token,
+    finish_all,
     refuse_unused,
     subsection,
 )
@@ -69,11 +71,8 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         vision_start_token_id=None,
         vision_end_token_id=None,
     )
-    if spec.image_token_id >= spec.vocab_size:
-        raise CheckpointError(f"config.json: image_token_id = {spec.image_token_id} is outside vocab_size = {spec.vocab_size}")
-    for section, harmless in ((text, _TEXT_HARMLESS), (top, _TOP_HARMLESS)):
-        refuse_unused(section)
-        section.finish(harmless)
+    check_token("image_token_id", spec.image_token_id, spec.vocab_size)
+    finish_all((text, _TEXT_HARMLESS), (top, _TOP_HARMLESS))
     return spec
 
 

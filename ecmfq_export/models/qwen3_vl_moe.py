@@ -14,8 +14,11 @@ from ecmfq_export.models.config_fields import (
     MAX_LAYERS,
     ConfigFields,
     built,
+    check_token,
     expect_axial_rope,
+    finish_all,
     one_rope_spelling,
+    read_heads,
     refuse_unused,
     subsection,
 )
@@ -70,8 +73,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     )  # fmt: skip
     vision.finish(BOOKKEEPING)
     text.finish(TEXT_HARMLESS)
-    refuse_unused(top)
-    top.finish(_TOP_HARMLESS)
+    finish_all((top, _TOP_HARMLESS))
     return spec
 
 
@@ -107,8 +109,8 @@ def read_model(
         **tokens,
     )
     for name, token in tokens.items():
-        if token is not None and token >= spec.vocab_size:
-            raise CheckpointError(f"config.json: {name} = {token} is outside vocab_size = {spec.vocab_size}")
+        if token is not None:
+            check_token(name, token, spec.vocab_size)
     if len(vision.deepstack_layers) > len(layers):
         raise UnsupportedError(
             f"config.json: {len(vision.deepstack_layers)} DeepStack features for {len(layers)} decoder layers",
@@ -131,13 +133,7 @@ def read_layers(text: ConfigFields, hidden_size: int, renormalize: bool) -> tupl
     text.expect("use_sliding_window", False, None, why="attention is over the whole context")
     num_layers = text.whole("num_hidden_layers", maximum=MAX_LAYERS)
     text.expect("layer_types", None, ["full_attention"] * num_layers, why="attention is over the whole context")
-    num_heads, num_kv_heads = text.whole("num_attention_heads"), text.whole("num_key_value_heads")
-    head_dim = text.whole("head_dim", 2) if text.take("head_dim") is not None else hidden_size // num_heads
-    if num_heads % num_kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"config.json: num_attention_heads = {num_heads} of head_dim = {head_dim}, num_key_value_heads = {num_kv_heads}",
-            "query heads must be a multiple of key/value heads, head_dim even",
-        )
+    num_heads, num_kv_heads, head_dim = read_heads(text, hidden_size)
     bias = text.flag("attention_bias")
     attention = GqaSpec(num_heads, num_kv_heads, head_dim, qk_norm=True, bias=bias, output_bias=bias)
     num_experts, top_k = text.whole("num_experts"), text.whole("num_experts_per_tok")
