@@ -36,8 +36,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "K = 32": {"num_samples": 32},
     "K = 256": {"num_samples": 256},
     "real-valued scales": {"smooth_rounding": "real"},
-    "no cross term": {"cross_strength": 0.0},
+    "cross term": {"cross_strength": 1.0},
+    "cross term, a quarter": {"cross_strength": 0.25},
     "no shrinkage": {"shrinkage_kappa": 0.0},
+    "kappa = 256": {"shrinkage_kappa": 256.0},
     "rotation (option R)": {"rotate": "residual"},
     "rotation, online too": {"rotate": "residual_online", "rotate_values": True},
 }

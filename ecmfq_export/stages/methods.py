@@ -29,7 +29,8 @@ class MethodSpec:
 
     Attributes:
         selection, smoothing, smooth_rounding, rounding, clip: as the settings of the same names.
-        weightings: token weights to choose from by held-out KL; one, where nothing is chosen.
+        weightings: token weights to choose from by held-out KL, the first one unless another is clearly better; one, where nothing is
+            chosen.
         gamma: text weight before balancing; 0 is measured.
         balanced: whether the text mass is kept within [1/4, 4] times the vision mass.
         cross_strength: of GPTAQ's correction.
@@ -64,7 +65,7 @@ class MethodSpec:
 
 
 METHODS: dict[str, MethodSpec] = {
-    "ecmfq": MethodSpec("macs", "ecs", weightings=WEIGHTINGS, cross_strength=1.0, kappa=256.0),
+    "ecmfq": MethodSpec("macs", "ecs", weightings=WEIGHTINGS, kappa=32.0),
     "rtn": MethodSpec(rounding="rtn", clip="absmax"),
     "smoothquant": MethodSpec(smoothing="smoothquant", rounding="rtn"),
     "awq": MethodSpec(smoothing="awq", rounding="rtn", clip="output"),

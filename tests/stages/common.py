@@ -17,7 +17,8 @@ from ecmfq_export.models.torch_decoder import run_decoder
 from ecmfq_export.runtime.processor import Processor
 from ecmfq_export.stages.samples import load_pool
 
-SETTINGS = QuantConfig(num_samples=10, seed=3)
+SETTINGS = QuantConfig(num_samples=10, seed=3, cross_strength=1.0)
+"""The default method and the cross term, so that every part of it runs."""
 
 
 def make_pool(directory: Path, size: int = 16, seed: int = 0) -> Path:

@@ -30,7 +30,7 @@ WITH_DATA = sorted(set(METHODS) - {"rtn", "quarot_gptq"})
 
 
 def settings(method: str, **changes) -> QuantConfig:
-    return replace(SETTINGS, method=method, attention="w4a8", **changes)
+    return replace(SETTINGS, **{"method": method, "attention": "w4a8", "cross_strength": -1.0, **changes})
 
 
 class Runs:
@@ -123,7 +123,7 @@ def test_weights_and_norms_of_a_bfloat16_model_keep_what_real_scales_need(runs, 
 
 @pytest.mark.parametrize(("method", "change"), [
     ("ecmfq", {"selection": "random"}), ("ecmfq", {"smoothing": "none"}), ("ecmfq", {"smooth_rounding": "real"}),
-    ("ecmfq", {"shrinkage_kappa": 0.0}), ("ecmfq", {"cross_strength": 0.0}),
+    ("ecmfq", {"shrinkage_kappa": 0.0}), ("ecmfq", {"cross_strength": 1.0}),
     ("ecmfq", {"weighting": "rho_g", "gate_power": 2.0}), ("ecmfq", {"fusion_lambda": 1.0, "weighting": "rho_g_phi"}),
     ("ecmfq", {"balance": "none", "weighting": "rho"}), ("ecmfq", {"rounding": "rtn"}), ("gptq", {"smoothing": "ecs"}),
     ("gptq", {"clip": "absmax"}), ("gptq", {"activation_order": False}), ("gptq", {"selection": "macs"}),
@@ -160,7 +160,7 @@ def test_same_parts_share_their_stages_whatever_the_method_is_called():
 
 def test_settings_that_say_what_the_method_says_change_nothing():
     explicit = settings("ecmfq", selection="macs", smoothing="ecs", smooth_rounding="power_of_two", rounding="gptq", clip="mse",
-                        weighting="auto", gamma_text=10.0, balance="limited", cross_strength=1.0, shrinkage_kappa=256.0, rotate="none")
+                        weighting="auto", gamma_text=10.0, balance="limited", cross_strength=0.0, shrinkage_kappa=32.0, rotate="none")
     assert resolve(explicit) == resolve(settings("ecmfq"))
 
 

@@ -184,9 +184,8 @@ def test_held_out_samples_enter_the_hessians_once_the_weighting_is_chosen(tiny, 
 
 @pytest.mark.parametrize(("bits", "limit"), [(3, 3), (2, 1)])
 def test_fewer_bits_are_a_coarser_grid_in_the_same_format(tiny, calibrated, smoothed, tmp_path, bits, limit):
-    for method in ("ecmfq", "rtn"):
-        config = replace(SETTINGS, method=method, expert_bits=bits, weighting="method" if method == "rtn" else "none")
-        out = quantize(tiny, calibrated, smoothed, tmp_path / method, config, Silent())
+    for config in (replace(SETTINGS, weighting="none"), RTN):
+        out = quantize(tiny, calibrated, smoothed, tmp_path / config.method, replace(config, expert_bits=bits), Silent())
         q = open_model(out).qtensor("layers.1.mlp.experts.down_proj")
         assert q.num_bits == 4 and int(q.qvalue.abs().max()) == limit
 
