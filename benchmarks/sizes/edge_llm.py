@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # run as a file, not as a module
 
 from checkpoint import EXAMPLE, config_of, random_tensor  # noqa: E402
+from limits import limited, parse_size  # noqa: E402
 from measure import run_measured  # noqa: E402
 from run import machine  # noqa: E402
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True, help="of an environment with tensorrt-edgellm[export]")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--small", action="store_true", help="layers of a thirtieth of the size, see checkpoint.py")
+    parser.add_argument("--memory-max", metavar="SIZE", help="run the export in a control group of so much memory, page cache included")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -111,10 +113,12 @@ def main() -> None:
             write_text_checkpoint(model, layers, args.small)
         shutil.rmtree(out, ignore_errors=True)
         command = [str(args.python), "-m", "tensorrt_edgellm.scripts.export", str(model), str(out)]
-        cost = run_measured(command, args.work / f"edge{layers}.log", None, dict(os.environ))
+        with limited(command, None if args.memory_max is None else parse_size(args.memory_max)) as (held, limit):
+            cost = run_measured(held, args.work / f"edge{layers}.log", None, dict(os.environ))
         log = (args.work / f"edge{layers}.log").read_text(errors="replace")
         row = {"layers": layers, "shapes": "small" if args.small else "Qwen3-VL-30B-A3B", "version": version,
                "returncode": cost.returncode, "ended": how_it_ended(cost.returncode, log), "memory_of_the_machine": memory_bytes(),
+               "limit": limit or None,
                "checkpoint_bytes": sum(f.stat().st_size for f in model.iterdir()), **cost.as_dict()}
         data = json.loads(args.out.read_text()) if args.out.is_file() else {"machine": machine(), "runs": []}
         data.setdefault("edge_llm", []).append(row)
