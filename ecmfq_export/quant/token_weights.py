@@ -12,7 +12,8 @@ import torch
 
 Weighting = Literal["none", "rho", "g", "rho_g", "rho_p", "rho_g_phi"]
 WEIGHTINGS: tuple[Weighting, ...] = ("rho_g", "none", "rho", "rho_g_phi")
-"""What FAQ chooses from, what it takes unless another one is clearly better first; ``g`` alone is MoEQuant's and ``rho_p``, with the router's probability, VEQ-MA's."""
+"""What FAQ chooses from, what it takes unless another one is clearly better first; ``g`` alone is MoEQuant's and ``rho_p``, with the
+router's probability, VEQ-MA's."""
 
 TEXT, VISION = 0, 1
 
