@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results.md"
+BY_MODEL = PAGE.with_name("results_by_model.md")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +78,37 @@ def test_best_baselines_are_named_and_ours_is_none_of_them(table) -> None:
     assert best == {"retention": "gptq", "recall": "gptq", "kl_geometric": "gptq"}
 
 
-def test_the_page_shows_the_committed_figures(table) -> None:
+def committed() -> dict[str, dict]:
+    """Results that the page's tables are of, by mark."""
     page = PAGE.read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- tables: (\S+) -->\n(.*?)<!-- end of tables -->", page, re.DOTALL)
-    files = list(dict.fromkeys(re.findall(r"results/([\w.-]+-methods-[\w.-]+?\.json)", page)))
-    assert blocks and len(files) == len(blocks)
-    for (mark, text), name in zip(blocks, files, strict=True):
-        result = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
-        assert result["mark"] == mark
-        assert table.page(result, result["columns"]).strip() == text.strip()
+    files = dict.fromkeys(re.findall(r"results/([\w.-]+-methods-[\w.-]+?\.json)", page))
+    found = [json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8")) for name in files]
+    return {result["mark"]: result for result in found}
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    return re.findall(r"<!-- tables: (\S+) -->\n(.*?)<!-- end of tables -->", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_page_shows_the_committed_figures(table) -> None:
+    results = committed()
+    assert [mark for mark, _ in blocks(PAGE)] == list(results) != []
+    for mark, text in blocks(PAGE):
+        assert table.page(results[mark], results[mark]["columns"]).strip() == text.strip()
+
+
+def test_the_page_by_model_shows_the_committed_figures(table) -> None:
+    results = committed()
+    assert [mark for mark, _ in blocks(BY_MODEL)] == ["methods", "strict"]
+    for mark, text in blocks(BY_MODEL):
+        assert table.page_by_model(results[mark], results[mark]["columns"]).strip() == text.strip()
+        assert text.count("\n### ") + text.startswith("### ") == 8
+
+
+def test_a_table_by_model_has_that_model_and_form_alone(table) -> None:
+    rows = [row(variant, 0, [1], [True], kl, model=model)
+            for model, kl in (("a", 1e-3), ("b", 3e-3)) for variant in ("float", "gptq")]
+    found = table.tabulate(rows)["models"]
+    assert list(found) == ["a, plain", "b, plain"]
+    assert [found[place]["gptq"]["kl"]["mean"] for place in found] == [1.0, 3.0]
+    assert "| gptq | **1.00** |" in table.page_by_model({"models": found}, ["kl", "kl_geometric"])
