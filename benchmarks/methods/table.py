@@ -185,9 +185,9 @@ def main() -> None:
 
 def tabulate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Summaries by group of forms and of each model and form, and ours against the best baselines of each group."""
-    present = {row["stress"] for row in rows if row["variant"] != "float"}
-    groups = {"all": STRESSES, "plain": STRESSES[:1], "stressed": STRESSES[1:], **{s: (s,) for s in STRESSES[1:]}}
     places = sorted({(row["model"], row["stress"]) for row in rows if row["variant"] != "float"})
+    present = {stress for _, stress in places}
+    groups = {"all": STRESSES, "plain": STRESSES[:1], "stressed": STRESSES[1:], **{s: (s,) for s in STRESSES[1:]}}
     result: dict[str, Any] = {"groups": {}, "against": {}, "models": {
         f"{model}, {stress}": summarize([row for row in rows if row["model"] == model], [stress]) for model, stress in places}}
     shown: set[frozenset[str]] = set()

@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True, help="of an environment with tensorrt-edgellm[export]")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--small", action="store_true", help="layers of a thirtieth of the size, see checkpoint.py")
-    parser.add_argument("--memory-max", metavar="SIZE", help="run the export in a control group of so much memory, page cache included")
+    parser.add_argument("--memory-max", type=parse_size, metavar="SIZE",
+                        help="run the export in a control group of so much memory, page cache included")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -113,7 +114,7 @@ def main() -> None:
             write_text_checkpoint(model, layers, args.small)
         shutil.rmtree(out, ignore_errors=True)
         command = [str(args.python), "-m", "tensorrt_edgellm.scripts.export", str(model), str(out)]
-        with limited(command, None if args.memory_max is None else parse_size(args.memory_max)) as (held, limit):
+        with limited(command, args.memory_max) as (held, limit):
             cost = run_measured(held, args.work / f"edge{layers}.log", None, dict(os.environ))
         log = (args.work / f"edge{layers}.log").read_text(errors="replace")
         row = {"layers": layers, "shapes": "small" if args.small else "Qwen3-VL-30B-A3B", "version": version,

@@ -69,7 +69,7 @@ def run_one(layers: int, args: argparse.Namespace) -> dict[str, Any]:
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    with limited(command, None if args.memory_max is None else parse_size(args.memory_max)) as (held, limit):
+    with limited(command, args.memory_max) as (held, limit):
         cost = run_measured(held, args.work / f"export{layers}.log", bundle, environment)
     report = bundle / "report" / "report.json"
     finished = (bundle / "manifest.json").is_file()  # written last
@@ -118,7 +118,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=DEFAULTS, metavar="KEY=VALUE", help=f"settings (default: {' '.join(DEFAULTS)})")
     parser.add_argument("--options", default="--expert-weights inputs", metavar="TEXT",
                         help="further options of export, one text (default: '--expert-weights inputs')")
-    parser.add_argument("--memory-max", metavar="SIZE", help="run the export in a control group of so much memory, page cache included")
+    parser.add_argument("--memory-max", type=parse_size, metavar="SIZE",
+                        help="run the export in a control group of so much memory, page cache included")
     parser.add_argument("--small", action="store_true", help="layers of a thirtieth of the size, see checkpoint.py")
     parser.add_argument("--keep", action="store_true", help="keep checkpoints and bundles")
     args = parser.parse_args()

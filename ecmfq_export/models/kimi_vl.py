@@ -18,6 +18,7 @@ from ecmfq_export.models.config_fields import (
     ConfigFields,
     built,
     expect_axial_rope,
+    finish_all,
     refuse_unused,
     subsection,
 )
@@ -101,16 +102,14 @@ def _spec(
     )
     if image_token_id >= spec.vocab_size:
         raise CheckpointError(f"config.json: image token {image_token_id} is outside vocab_size = {spec.vocab_size}")
-    refuse_unused(text)
-    text.finish(deepseek_v3.HARMLESS)
+    finish_all((text, deepseek_v3.HARMLESS))
     return spec
 
 
 def _finish(top: ConfigFields) -> None:
     for name in ("model_type", "quantization_config"):  # the registry and models/quantized_reader.py read them
         top.take(name)
-    refuse_unused(top)
-    top.finish(_TOP_HARMLESS)
+    finish_all((top, _TOP_HARMLESS))
 
 
 def _text_defaults(given: dict[str, Any]) -> Any:

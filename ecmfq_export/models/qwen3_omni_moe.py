@@ -16,7 +16,7 @@ from ecmfq_export.models.config_fields import (
     WRITTEN_BY_TRANSFORMERS_4,
     ConfigFields,
     built,
-    refuse_unused,
+    finish_all,
     subsection,
 )
 from ecmfq_export.models.float_source import ExpertPart
@@ -71,8 +71,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
     for name in ("model_type", "quantization_config"):  # the registry and models/quantized_reader.py read them
         top.take(name)
     spec = _read_thinker("qwen3_omni_moe", "thinker_config", subsection(top.take("thinker_config"), "thinker_config"))
-    refuse_unused(top)
-    top.finish(_FULL_HARMLESS)
+    finish_all((top, _FULL_HARMLESS))
     return spec
 
 
@@ -109,8 +108,7 @@ def _read_thinker(family: str, where: str, given: dict[str, Any]) -> ModelSpec:
     )  # fmt: skip
     vision.finish(_VISION_HARMLESS)
     text.finish(_TEXT_HARMLESS)
-    refuse_unused(thinker)
-    thinker.finish(_THINKER_HARMLESS)
+    finish_all((thinker, _THINKER_HARMLESS))
     return spec
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +28,7 @@ LAYER_BYTES = 4 * EXPERTS * 3 * HIDDEN * INNER
 def peak_of(action: Callable[[], object]) -> int:
     """Bytes by which the largest resident memory of a forked child exceeds what it began with."""
     reading, writing = os.pipe()
-    gc.collect()
-    pid = fork()
+    pid = fork()  # collects garbage first
     if pid == 0:
         code = 1
         try:
